@@ -63,7 +63,12 @@ impl fmt::Display for Instructions {
 
 impl fmt::Display for Nanos {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{:09} s", self.0 / 1_000_000_000, self.0 % 1_000_000_000)
+        write!(
+            f,
+            "{}.{:09} s",
+            self.0 / 1_000_000_000,
+            self.0 % 1_000_000_000
+        )
     }
 }
 
@@ -83,11 +88,17 @@ pub struct Position {
 
 impl Position {
     /// Where every timeline starts.
-    pub const START: Self = Self { retired: Instructions::ZERO, within: 0 };
+    pub const START: Self = Self {
+        retired: Instructions::ZERO,
+        within: 0,
+    };
 
     /// The point right after `retired` instructions.
     pub const fn at(retired: u64) -> Self {
-        Self { retired: Instructions::new(retired), within: 0 }
+        Self {
+            retired: Instructions::new(retired),
+            within: 0,
+        }
     }
 }
 
@@ -112,9 +123,10 @@ impl std::str::FromStr for Position {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (retired, within) = text.split_once('+').unwrap_or((text, "0"));
         match (retired.replace('_', "").parse(), within.parse()) {
-            (Ok(retired), Ok(within)) => {
-                Ok(Self { retired: Instructions::new(retired), within })
-            }
+            (Ok(retired), Ok(within)) => Ok(Self {
+                retired: Instructions::new(retired),
+                within,
+            }),
             _ => Err(ParsePositionError(text.to_owned())),
         }
     }

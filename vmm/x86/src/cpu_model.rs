@@ -64,12 +64,15 @@ impl CpuModel {
         match leaf {
             0 => CpuidResult { eax: 1, ..vendor() },
             1 => CpuidResult {
-                eax: 0x0006_0fb1, // family 6: what software expects of a 64-bit part
+                eax: 0x0006_0fb1,      // family 6: what software expects of a 64-bit part
                 ebx: 8 << 8 | 1 << 16, // CLFLUSH line of 64 bytes, one logical processor
                 ecx: LEAF_1_ECX,
                 edx: LEAF_1_EDX,
             },
-            0x8000_0000 => CpuidResult { eax: 0x8000_0008, ..vendor() },
+            0x8000_0000 => CpuidResult {
+                eax: 0x8000_0008,
+                ..vendor()
+            },
             0x8000_0001 => CpuidResult {
                 eax: 0,
                 ebx: 0,
@@ -77,9 +80,10 @@ impl CpuModel {
                 edx: LEAF_8000_0001_EDX,
             },
             0x8000_0002..=0x8000_0004 => brand(leaf - 0x8000_0002),
-            0x8000_0008 => {
-                CpuidResult { eax: 48 << 8 | PHYS_ADDR_BITS, ..CpuidResult::default() }
-            }
+            0x8000_0008 => CpuidResult {
+                eax: 48 << 8 | PHYS_ADDR_BITS,
+                ..CpuidResult::default()
+            },
             _ => CpuidResult::default(),
         }
     }
@@ -108,7 +112,12 @@ fn brand(part: u32) -> CpuidResult {
         let at = part as usize * 16 + i * 4;
         u32::from_le_bytes([name[at], name[at + 1], name[at + 2], name[at + 3]])
     };
-    CpuidResult { eax: word(0), ebx: word(1), ecx: word(2), edx: word(3) }
+    CpuidResult {
+        eax: word(0),
+        ebx: word(1),
+        ecx: word(2),
+        edx: word(3),
+    }
 }
 
 #[cfg(test)]
@@ -123,7 +132,11 @@ mod tests {
         assert_eq!(one.ecx & 1 << 31, 0, "hypervisor");
         assert_eq!(one.ecx & 1 << 26, 0, "XSAVE");
         assert_eq!(CpuModel::V2.cpuid(7, 0).ebx & 1 << 18, 0, "RDSEED");
-        assert_eq!(CpuModel::V2.cpuid(0x8000_0001, 0).edx & 1 << 27, 0, "RDTSCP");
+        assert_eq!(
+            CpuModel::V2.cpuid(0x8000_0001, 0).edx & 1 << 27,
+            0,
+            "RDTSCP"
+        );
     }
 
     #[test]

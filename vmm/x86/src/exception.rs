@@ -89,12 +89,20 @@ pub struct Exception {
 impl Exception {
     /// An exception without error code (#UD, #DE, #NM ...).
     pub const fn plain(vector: Vector) -> Self {
-        Self { vector, error_code: None, cr2: None }
+        Self {
+            vector,
+            error_code: None,
+            cr2: None,
+        }
     }
 
     /// An exception with an error code (#GP, #SS, #NP, #TS, #AC, #DF).
     pub const fn with_code(vector: Vector, error_code: u32) -> Self {
-        Self { vector, error_code: Some(error_code), cr2: None }
+        Self {
+            vector,
+            error_code: Some(error_code),
+            cr2: None,
+        }
     }
 
     /// #GP with this error code (0 or a selector).
@@ -109,7 +117,11 @@ impl Exception {
 
     /// #PF at `addr`.
     pub const fn page_fault(addr: GuestVirtAddr, code: crate::paging::PageFaultCode) -> Self {
-        Self { vector: Vector::PF, error_code: Some(code.bits()), cr2: Some(addr) }
+        Self {
+            vector: Vector::PF,
+            error_code: Some(code.bits()),
+            cr2: Some(addr),
+        }
     }
 }
 

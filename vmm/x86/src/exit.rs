@@ -131,9 +131,7 @@ pub enum Wants {
 
 /// The kind of an [`Exit`], for counting. The discriminant is the SDM's basic exit reason where there is one;
 /// KVM's own and ours start at 0x100.
-#[derive(
-    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[repr(u16)]
 #[allow(missing_docs)] // As in `Exit`.
 pub enum ExitReason {
@@ -249,20 +247,36 @@ impl fmt::Display for Exit {
         match self {
             Self::IoIn { port, size } => write!(f, "IN port {port:#06x}, {size} bytes"),
             Self::IoOut { port, data } => {
-                write!(f, "OUT port {port:#06x} <- {:#x} ({} bytes)", data.value, data.size)
+                write!(
+                    f,
+                    "OUT port {port:#06x} <- {:#x} ({} bytes)",
+                    data.value, data.size
+                )
             }
             Self::MmioRead { addr, size } => write!(f, "MMIO read {addr}, {size} bytes"),
             Self::MmioWrite { addr, data } => {
-                write!(f, "MMIO write {addr} <- {:#x} ({} bytes)", data.value, data.size)
+                write!(
+                    f,
+                    "MMIO write {addr} <- {:#x} ({} bytes)",
+                    data.value, data.size
+                )
             }
             Self::Rdmsr { msr } => write!(f, "RDMSR {msr:#x}"),
             Self::Wrmsr { msr, value } => write!(f, "WRMSR {msr:#x} <- {value:#x}"),
             Self::ExceptionOrNmi(exception) => write!(f, "exception {exception}"),
-            Self::CrAccess { register, write: true, value } => {
+            Self::CrAccess {
+                register,
+                write: true,
+                value,
+            } => {
                 write!(f, "MOV to CR{register} <- {value:#x}")
             }
             Self::CrAccess { register, .. } => write!(f, "MOV from CR{register}"),
-            Self::EptViolation { addr, linear, access } => {
+            Self::EptViolation {
+                addr,
+                linear,
+                access,
+            } => {
                 write!(f, "EPT violation: {access:?} of {addr} through {linear}")
             }
             Self::Breakpoint(addr) => write!(f, "breakpoint at {addr}"),

@@ -61,7 +61,9 @@ impl PagingContext {
         let mode = if !cpu.cr0.contains(Cr0::PG) {
             PagingMode::None
         } else if !cpu.cr4.contains(Cr4::PAE) {
-            PagingMode::Bits32 { pse: cpu.cr4.contains(Cr4::PSE) }
+            PagingMode::Bits32 {
+                pse: cpu.cr4.contains(Cr4::PSE),
+            }
         } else if cpu.efer.contains(Efer::LMA) {
             PagingMode::FourLevel
         } else {
@@ -83,34 +85,34 @@ impl PagingContext {
 mod flags {
     use super::*;
 
-bitflags! {
-    /// Bits of a paging-structure entry (the same in all formats; NX only in 64-bit entries).
-    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-    pub struct EntryFlags: u64 {
-        const P = 1 << 0;
-        const RW = 1 << 1;
-        const US = 1 << 2;
-        const PWT = 1 << 3;
-        const PCD = 1 << 4;
-        const A = 1 << 5;
-        const D = 1 << 6;
-        /// Page size in a directory entry; PAT in a table entry.
-        const PS = 1 << 7;
-        const G = 1 << 8;
-        const NX = 1 << 63;
-    }
+    bitflags! {
+        /// Bits of a paging-structure entry (the same in all formats; NX only in 64-bit entries).
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        pub struct EntryFlags: u64 {
+            const P = 1 << 0;
+            const RW = 1 << 1;
+            const US = 1 << 2;
+            const PWT = 1 << 3;
+            const PCD = 1 << 4;
+            const A = 1 << 5;
+            const D = 1 << 6;
+            /// Page size in a directory entry; PAT in a table entry.
+            const PS = 1 << 7;
+            const G = 1 << 8;
+            const NX = 1 << 63;
+        }
 
-    /// The error code of #PF.
-    #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-    #[serde(transparent)]
-    pub struct PageFaultCode: u32 {
-        const P = 1 << 0;
-        const W = 1 << 1;
-        const U = 1 << 2;
-        const RSVD = 1 << 3;
-        const I = 1 << 4;
+        /// The error code of #PF.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct PageFaultCode: u32 {
+            const P = 1 << 0;
+            const W = 1 << 1;
+            const U = 1 << 2;
+            const RSVD = 1 << 3;
+            const I = 1 << 4;
+        }
     }
-}
 }
 
 pub use flags::{EntryFlags, PageFaultCode};
@@ -206,8 +208,17 @@ impl Walk {
     }
 
     fn new() -> Self {
-        let none = WalkStep { level: 0, addr: GuestPhysAddr::new(0), entry: 0, restricts: false };
-        Self { steps: [none; 4], len: 0, outcome: Err(WalkFault::NotPresent) }
+        let none = WalkStep {
+            level: 0,
+            addr: GuestPhysAddr::new(0),
+            entry: 0,
+            restricts: false,
+        };
+        Self {
+            steps: [none; 4],
+            len: 0,
+            outcome: Err(WalkFault::NotPresent),
+        }
     }
 
     fn push(&mut self, step: WalkStep) {
@@ -252,7 +263,12 @@ fn walk_64(
         let at = GuestPhysAddr::new(table + 8 * index);
         let entry = memory.read_u64(at).ok_or(WalkFault::NoMemory(at))?;
         let restricts = !(pae && level == 3);
-        let step = WalkStep { level, addr: at, entry, restricts };
+        let step = WalkStep {
+            level,
+            addr: at,
+            entry,
+            restricts,
+        };
         walk.push(step);
         let flags = step.flags();
         if !flags.contains(EntryFlags::P) {
@@ -318,7 +334,12 @@ fn walk_32(
         let shift = 12 + 10 * u64::from(level - 1);
         let at = GuestPhysAddr::new(table + 4 * (addr.get() >> shift & 0x3ff));
         let entry = u64::from(memory.read_u32(at).ok_or(WalkFault::NoMemory(at))?);
-        let step = WalkStep { level, addr: at, entry, restricts: true };
+        let step = WalkStep {
+            level,
+            addr: at,
+            entry,
+            restricts: true,
+        };
         walk.push(step);
         let flags = step.flags();
         if !flags.contains(EntryFlags::P) {
@@ -349,7 +370,11 @@ struct Rights {
 }
 
 impl Rights {
-    const ALL: Self = Self { writable: true, user: true, executable: true };
+    const ALL: Self = Self {
+        writable: true,
+        user: true,
+        executable: true,
+    };
 
     fn restrict(&mut self, flags: EntryFlags) {
         self.writable &= flags.contains(EntryFlags::RW);
@@ -390,22 +415,20 @@ pub fn check(
     let denied = match (access.user, access.kind) {
         (true, _) if !translation.user => true,
         (true, AccessKind::Write) => !translation.writable,
-        (false, AccessKind::Write) => {
-            context.wp && !translation.writable || supervisor_denied()
-        }
+        (false, AccessKind::Write) => context.wp && !translation.writable || supervisor_denied(),
         (false, _) if supervisor_denied() => true,
         (_, AccessKind::Execute) => !translation.executable,
         (_, AccessKind::Read) => false,
     };
-    if denied { Err(fault_code(context, access, PageFaultCode::P)) } else { Ok(()) }
+    if denied {
+        Err(fault_code(context, access, PageFaultCode::P))
+    } else {
+        Ok(())
+    }
 }
 
 /// The error code when the walk itself failed.
-pub fn walk_fault_code(
-    context: &PagingContext,
-    fault: WalkFault,
-    access: Access,
-) -> PageFaultCode {
+pub fn walk_fault_code(context: &PagingContext, fault: WalkFault, access: Access) -> PageFaultCode {
     let base = match fault {
         WalkFault::ReservedBit => PageFaultCode::P | PageFaultCode::RSVD,
         _ => PageFaultCode::empty(),
@@ -418,16 +441,52 @@ fn fault_code(context: &PagingContext, access: Access, base: PageFaultCode) -> P
     code.set(PageFaultCode::W, access.kind == AccessKind::Write);
     code.set(PageFaultCode::U, access.user);
     // The I bit is defined only where fetches can be told apart (SDM 4.7).
-    let tells_fetches = context.nxe && !matches!(context.mode, PagingMode::Bits32 { .. })
-        || context.smep;
-    code.set(PageFaultCode::I, access.kind == AccessKind::Execute && tells_fetches);
+    let tells_fetches =
+        context.nxe && !matches!(context.mode, PagingMode::Bits32 { .. }) || context.smep;
+    code.set(
+        PageFaultCode::I,
+        access.kind == AccessKind::Execute && tells_fetches,
+    );
     code
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::collections::BTreeMap;
+
+    /// Every read answers with a value that depends only on the address: tables an adversary might write.
+    struct Hostile(u64);
+
+    impl TableMemory for Hostile {
+        fn read_u64(&self, addr: GuestPhysAddr) -> Option<u64> {
+            let mixed = (addr.get() ^ self.0).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            (mixed & 0x1f != 0).then_some(mixed.rotate_left(17) | 1)
+        }
+        fn read_u32(&self, addr: GuestPhysAddr) -> Option<u32> {
+            self.read_u64(addr).map(|value| value as u32)
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_tables_give_an_outcome_within_four_steps(seed: u64, cr3: u64, at: u64, mode in 0..4) {
+            let mode = [
+                PagingMode::Bits32 { pse: true },
+                PagingMode::Bits32 { pse: false },
+                PagingMode::Pae,
+                PagingMode::FourLevel,
+            ][mode as usize];
+            let walk = walk(&PagingContext { cr3, ..context(mode) }, &Hostile(seed), GuestVirtAddr::new(at));
+            prop_assert!(walk.steps().len() <= 4);
+            if let Ok(translation) = walk.outcome {
+                let offset = translation.page_size - 1;
+                prop_assert_eq!(translation.addr.get() & offset, at & offset);
+                prop_assert!(translation.addr.get() < 1 << 52);
+            }
+        }
+    }
 
     struct Tables(BTreeMap<u64, u64>);
 
@@ -441,12 +500,32 @@ mod tests {
     }
 
     fn context(mode: PagingMode) -> PagingContext {
-        PagingContext { mode, cr3: 0x1000, wp: true, nxe: true, smep: true, smap: true, ac: false }
+        PagingContext {
+            mode,
+            cr3: 0x1000,
+            wp: true,
+            nxe: true,
+            smep: true,
+            smap: true,
+            ac: false,
+        }
     }
 
-    const READ: Access = Access { kind: AccessKind::Read, user: false, implicit: false };
-    const USER_WRITE: Access = Access { kind: AccessKind::Write, user: true, implicit: false };
-    const FETCH: Access = Access { kind: AccessKind::Execute, user: false, implicit: false };
+    const READ: Access = Access {
+        kind: AccessKind::Read,
+        user: false,
+        implicit: false,
+    };
+    const USER_WRITE: Access = Access {
+        kind: AccessKind::Write,
+        user: true,
+        implicit: false,
+    };
+    const FETCH: Access = Access {
+        kind: AccessKind::Execute,
+        user: false,
+        implicit: false,
+    };
 
     #[test]
     fn four_levels_reach_a_4k_page() {
@@ -456,7 +535,11 @@ mod tests {
             (0x3000, 0x4003),
             (0x4000 + 8 * 5, 0xabc000 | 3),
         ]));
-        let walk = walk(&context(PagingMode::FourLevel), &tables, GuestVirtAddr::new(0x5123));
+        let walk = walk(
+            &context(PagingMode::FourLevel),
+            &tables,
+            GuestVirtAddr::new(0x5123),
+        );
         let translation = walk.outcome.expect("maps");
         assert_eq!(translation.addr, GuestPhysAddr::new(0xab_c123));
         assert_eq!(walk.steps().len(), 4);
@@ -468,12 +551,20 @@ mod tests {
         let mut map = BTreeMap::from([(0x1000, 0x2003), (0x2000, 0x3003), (0x3008, 0x60_0083)]);
         let at = GuestVirtAddr::new(0x23_4567);
         let ok = walk(&context(PagingMode::FourLevel), &Tables(map.clone()), at);
-        assert_eq!(ok.outcome.expect("maps").addr, GuestPhysAddr::new(0x63_4567));
+        assert_eq!(
+            ok.outcome.expect("maps").addr,
+            GuestPhysAddr::new(0x63_4567)
+        );
         map.insert(0x3008, 0x60_2083);
         let bad = walk(&context(PagingMode::FourLevel), &Tables(map), at);
         assert_eq!(bad.outcome, Err(WalkFault::ReservedBit));
         assert_eq!(
-            walk_fault_code(&context(PagingMode::FourLevel), WalkFault::ReservedBit, READ).bits(),
+            walk_fault_code(
+                &context(PagingMode::FourLevel),
+                WalkFault::ReservedBit,
+                READ
+            )
+            .bits(),
             9
         );
     }
@@ -490,12 +581,25 @@ mod tests {
             global: false,
         };
         assert_eq!(check(&context, &page, USER_WRITE).unwrap_err().bits(), 7);
-        assert_eq!(check(&context, &page, FETCH).unwrap_err().bits(), 0x11, "SMEP");
+        assert_eq!(
+            check(&context, &page, FETCH).unwrap_err().bits(),
+            0x11,
+            "SMEP"
+        );
         assert_eq!(check(&context, &page, READ).unwrap_err().bits(), 1, "SMAP");
-        let lifted = PagingContext { ac: true, ..context };
+        let lifted = PagingContext {
+            ac: true,
+            ..context
+        };
         assert_eq!(check(&lifted, &page, READ), Ok(()));
-        let implicit = Access { implicit: true, ..READ };
-        assert!(check(&lifted, &page, implicit).is_err(), "AC does not lift implicit accesses");
+        let implicit = Access {
+            implicit: true,
+            ..READ
+        };
+        assert!(
+            check(&lifted, &page, implicit).is_err(),
+            "AC does not lift implicit accesses"
+        );
     }
 
     #[test]
@@ -506,7 +610,10 @@ mod tests {
             &tables,
             GuestVirtAddr::new(0x0040_1234),
         );
-        assert_eq!(walk.outcome.expect("maps").addr, GuestPhysAddr::new(0x0080_1234));
+        assert_eq!(
+            walk.outcome.expect("maps").addr,
+            GuestPhysAddr::new(0x0080_1234)
+        );
         assert_eq!(walk.steps().len(), 1);
     }
 }

@@ -112,59 +112,59 @@ pub mod rflags {
 mod flags {
     use super::*;
 
-bitflags! {
-    /// CR0.
-    #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-    #[serde(transparent)]
-    pub struct Cr0: u64 {
-        const PE = 1 << 0;
-        const MP = 1 << 1;
-        const EM = 1 << 2;
-        const TS = 1 << 3;
-        const ET = 1 << 4;
-        const NE = 1 << 5;
-        const WP = 1 << 16;
-        const AM = 1 << 18;
-        const NW = 1 << 29;
-        const CD = 1 << 30;
-        const PG = 1 << 31;
-    }
+    bitflags! {
+        /// CR0.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct Cr0: u64 {
+            const PE = 1 << 0;
+            const MP = 1 << 1;
+            const EM = 1 << 2;
+            const TS = 1 << 3;
+            const ET = 1 << 4;
+            const NE = 1 << 5;
+            const WP = 1 << 16;
+            const AM = 1 << 18;
+            const NW = 1 << 29;
+            const CD = 1 << 30;
+            const PG = 1 << 31;
+        }
 
-    /// CR4.
-    #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-    #[serde(transparent)]
-    pub struct Cr4: u64 {
-        const VME = 1 << 0;
-        const PVI = 1 << 1;
-        const TSD = 1 << 2;
-        const DE = 1 << 3;
-        const PSE = 1 << 4;
-        const PAE = 1 << 5;
-        const MCE = 1 << 6;
-        const PGE = 1 << 7;
-        const PCE = 1 << 8;
-        const OSFXSR = 1 << 9;
-        const OSXMMEXCPT = 1 << 10;
-        const UMIP = 1 << 11;
-        const LA57 = 1 << 12;
-        const VMXE = 1 << 13;
-        const FSGSBASE = 1 << 16;
-        const PCIDE = 1 << 17;
-        const OSXSAVE = 1 << 18;
-        const SMEP = 1 << 20;
-        const SMAP = 1 << 21;
-    }
+        /// CR4.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct Cr4: u64 {
+            const VME = 1 << 0;
+            const PVI = 1 << 1;
+            const TSD = 1 << 2;
+            const DE = 1 << 3;
+            const PSE = 1 << 4;
+            const PAE = 1 << 5;
+            const MCE = 1 << 6;
+            const PGE = 1 << 7;
+            const PCE = 1 << 8;
+            const OSFXSR = 1 << 9;
+            const OSXMMEXCPT = 1 << 10;
+            const UMIP = 1 << 11;
+            const LA57 = 1 << 12;
+            const VMXE = 1 << 13;
+            const FSGSBASE = 1 << 16;
+            const PCIDE = 1 << 17;
+            const OSXSAVE = 1 << 18;
+            const SMEP = 1 << 20;
+            const SMAP = 1 << 21;
+        }
 
-    /// IA32_EFER.
-    #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-    #[serde(transparent)]
-    pub struct Efer: u64 {
-        const SCE = 1 << 0;
-        const LME = 1 << 8;
-        const LMA = 1 << 10;
-        const NXE = 1 << 11;
+        /// IA32_EFER.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct Efer: u64 {
+            const SCE = 1 << 0;
+            const LME = 1 << 8;
+            const LMA = 1 << 10;
+            const NXE = 1 << 11;
+        }
     }
-}
 }
 
 pub use flags::{Cr0, Cr4, Efer};

@@ -215,12 +215,22 @@ impl Default for CpuState {
             attributes: SegmentAttributes::from_bits(kind),
         };
         Self {
-            regs: Registers { gpr: [0; 16], rip: 0xfff0, rflags: rflags::FIXED },
+            regs: Registers {
+                gpr: [0; 16],
+                rip: 0xfff0,
+                rflags: rflags::FIXED,
+            },
             segments: [data, code, data, data, data, data],
             ldtr: system(0x82),
             tr: system(0x8b),
-            gdtr: DescriptorTable { base: 0, limit: 0xffff },
-            idtr: DescriptorTable { base: 0, limit: 0xffff },
+            gdtr: DescriptorTable {
+                base: 0,
+                limit: 0xffff,
+            },
+            idtr: DescriptorTable {
+                base: 0,
+                limit: 0xffff,
+            },
             cr0: Cr0::ET | Cr0::NW | Cr0::CD,
             cr2: 0,
             cr3: 0,
@@ -308,7 +318,12 @@ mod tests {
 
     #[test]
     fn fxsave_image_round_trips() {
-        let mut fpu = FpuState { fsw: 0x3800, ftw: 0x81, fop: 0x1d9, ..FpuState::default() };
+        let mut fpu = FpuState {
+            fsw: 0x3800,
+            ftw: 0x81,
+            fop: 0x1d9,
+            ..FpuState::default()
+        };
         fpu.st[3] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
         fpu.xmm[15] = 0x0123_4567_89ab_cdef_0011_2233_4455_6677;
         let mut back = FpuState::default();
@@ -326,9 +341,11 @@ mod tests {
 
     #[test]
     fn state_survives_serialisation() {
-        let mut cpu = CpuState::default();
-        cpu.pending = Some(Exception::gp(0x18));
-        cpu.activity = Activity::Halted;
+        let cpu = CpuState {
+            pending: Some(Exception::gp(0x18)),
+            activity: Activity::Halted,
+            ..CpuState::default()
+        };
         let bytes = postcard::to_stdvec(&cpu).expect("serialise");
         let back: CpuState = postcard::from_bytes(&bytes).expect("deserialise");
         assert_eq!(back, cpu);
