@@ -36,6 +36,8 @@ pub enum Stop {
     Ended(End),
     /// A timeline's recorded history ends here (an incomplete trace).
     EndOfHistory,
+    /// Going back, a timeline's start was reached.
+    StartOfHistory,
     /// A timeline left its recording; the text says where and how.
     Diverged(String),
 }
@@ -119,4 +121,22 @@ pub trait Debuggable {
 
     /// Whether the debugger's changes have left the recorded future.
     fn branched(&self) -> bool;
+
+    /// Going back, for a machine that keeps its past; `None` for one that cannot. The answer never changes.
+    fn reverse(&mut self) -> Option<&mut dyn Reverse> {
+        None
+    }
+}
+
+/// Going back in time ([`Debuggable::reverse`]).
+///
+/// Both return [`Stop::Slice`] after about `slice` when they are not there yet; the same call again goes on, any other
+/// call finds the machine at a boundary no later than the one the search began at.
+pub trait Reverse {
+    /// One boundary of this CPU back, the inverse of [`Resume::Step`]: [`Stop::Stepped`], or [`Stop::StartOfHistory`].
+    fn step_back(&mut self, vcpu: VcpuId, slice: Duration) -> Result<Stop, DebugError>;
+
+    /// Back to the nearest earlier boundary at which the instruction at a breakpoint is about to execute:
+    /// [`Stop::Breakpoint`], or [`Stop::StartOfHistory`].
+    fn continue_back(&mut self, slice: Duration) -> Result<Stop, DebugError>;
 }
