@@ -81,9 +81,15 @@ pub enum Until<'a> {
     Completed,
     /// Exit with [`Exit::BoundReached`] at this position, or at once if it is not ahead. Needs an engine that counts.
     Position(Position),
-    /// Exit with [`Exit::BoundReached`] at the next boundary at which the general registers, RIP and RFLAGS equal
-    /// these; at least one boundary is passed first. Boundaries between REP iterations count. Needs an engine that counts.
-    Registers(&'a Registers),
+    /// Exit with [`Exit::BoundReached`] at the next boundary at which the general registers, RIP and RFLAGS (but for RF, which
+    /// hosts leave set inside a REP) equal these, or at the first that is not before `limit`, whichever comes first; at least
+    /// one boundary is passed before. Boundaries between REP iterations count. Needs an engine that counts.
+    Registers {
+        /// What to look for.
+        registers: &'a Registers,
+        /// Where to give up; [`Position::NEVER`] for nowhere.
+        limit: Position,
+    },
 }
 
 /// Wakes a virtual CPU out of [`Engine::run`], from any thread.

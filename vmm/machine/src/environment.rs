@@ -84,7 +84,12 @@ pub enum Bound {
     /// As [`Until::Position`].
     Position(Position),
     /// As [`Until::Registers`].
-    Registers(Box<Registers>),
+    Registers {
+        /// What to look for.
+        registers: Box<Registers>,
+        /// Where to give up.
+        limit: Position,
+    },
 }
 
 impl Bound {
@@ -94,7 +99,7 @@ impl Bound {
             Self::Exit => Until::Exit,
             Self::Completed => Until::Completed,
             Self::Position(position) => Until::Position(*position),
-            Self::Registers(registers) => Until::Registers(registers),
+            Self::Registers { registers, limit } => Until::Registers { registers, limit: *limit },
         }
     }
 }
