@@ -6,7 +6,11 @@
 //! symbol files are hostile: every length and address is checked, every loop bounded, and what cannot be read is said to be so.
 //! Elsewhere: page-table formats and the walk itself (`vmm/x86`); drawing (`tui`).
 
+pub mod backtrace;
+pub mod disassembly;
 pub mod exits;
+pub mod page_walk;
+pub mod registers;
 pub mod symbols;
 pub mod virtual_memory;
 

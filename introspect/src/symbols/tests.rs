@@ -1,84 +1,8 @@
 use super::*;
+use crate::testing::{FUNC, NOTYPE, OBJECT, elf, sym};
 use proptest::prelude::*;
 
 const TEXT: u64 = 0x10_0000;
-const FUNC: u8 = 2;
-const OBJECT: u8 = 1;
-const NOTYPE: u8 = 0;
-
-struct Sym {
-    name: &'static str,
-    kind: u8,
-    global: bool,
-    value: u64,
-    size: u64,
-}
-
-const fn sym(name: &'static str, kind: u8, value: u64, size: u64) -> Sym {
-    Sym {
-        name,
-        kind,
-        global: true,
-        value,
-        size,
-    }
-}
-
-/// A minimal ELF64 file: null, .text (4 KiB at [`TEXT`]), .symtab, .strtab, .shstrtab.
-fn elf(symbols: &[Sym]) -> Vec<u8> {
-    let mut strings = vec![0];
-    let mut table = vec![0u8; 24];
-    for symbol in symbols {
-        let name = strings.len() as u32;
-        strings.extend_from_slice(symbol.name.as_bytes());
-        strings.push(0);
-        table.extend_from_slice(&name.to_le_bytes());
-        table.push(u8::from(symbol.global) << 4 | symbol.kind);
-        table.push(0);
-        table.extend_from_slice(&1u16.to_le_bytes());
-        table.extend_from_slice(&symbol.value.to_le_bytes());
-        table.extend_from_slice(&symbol.size.to_le_bytes());
-    }
-    let names = b"\0.text\0.symtab\0.strtab\0.shstrtab\0";
-    let table_at = 64u64;
-    let strings_at = table_at + table.len() as u64;
-    let names_at = strings_at + strings.len() as u64;
-    let sections_at = names_at + names.len() as u64;
-    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-    file.resize(16, 0);
-    file.extend_from_slice(&2u16.to_le_bytes());
-    file.extend_from_slice(&62u16.to_le_bytes());
-    file.extend_from_slice(&1u32.to_le_bytes());
-    for word in [TEXT, 0, sections_at] {
-        file.extend_from_slice(&word.to_le_bytes());
-    }
-    file.extend_from_slice(&0u32.to_le_bytes());
-    for half in [64u16, 56, 0, 64, 5, 4] {
-        file.extend_from_slice(&half.to_le_bytes());
-    }
-    file.extend_from_slice(&table);
-    file.extend_from_slice(&strings);
-    file.extend_from_slice(names);
-    // name, type, flags, addr, offset, size, link, info, align, entsize
-    let sections: [[u64; 10]; 5] = [
-        [0; 10],
-        [1, 8, 6, TEXT, 0, 0x1000, 0, 0, 16, 0],
-        [7, 2, 0, 0, table_at, table.len() as u64, 3, 1, 8, 24],
-        [15, 3, 0, 0, strings_at, strings.len() as u64, 0, 0, 1, 0],
-        [23, 3, 0, 0, names_at, names.len() as u64, 0, 0, 1, 0],
-    ];
-    for section in sections {
-        for (index, value) in section.into_iter().enumerate() {
-            if matches!(index, 0 | 1 | 6 | 7) {
-                file.extend_from_slice(&(value as u32).to_le_bytes());
-            } else {
-                file.extend_from_slice(&value.to_le_bytes());
-            }
-        }
-    }
-    file
-}
-
 fn sample() -> Symbols {
     Symbols::from_elf(&elf(&[
         sym("_start", NOTYPE, TEXT, 0),
