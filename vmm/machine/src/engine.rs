@@ -21,9 +21,7 @@ use x86::exit::Injection;
 use x86::{CpuState, Exit, ExitControls, GuestPhysAddr, Position, Registers, VcpuId};
 
 /// Which engine.
-#[derive(
-    Clone, Copy, PartialEq, Eq, Debug, Hash, serde::Serialize, serde::Deserialize,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineKind {
     /// KVM.
@@ -150,12 +148,7 @@ pub trait Engine {
     fn set_controls(&mut self, controls: &ExitControls) -> Result<(), EngineError>;
 
     /// Enters the guest with `entry` and runs it until something exits or `until` is reached.
-    fn run(
-        &mut self,
-        vcpu: VcpuId,
-        entry: Entry,
-        until: Until<'_>,
-    ) -> Result<Exit, EngineError>;
+    fn run(&mut self, vcpu: VcpuId, entry: Entry, until: Until<'_>) -> Result<Exit, EngineError>;
 
     /// The CPU's state at the present boundary.
     fn state(&mut self, vcpu: VcpuId) -> Result<CpuState, EngineError>;

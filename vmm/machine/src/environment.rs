@@ -99,7 +99,10 @@ impl Bound {
             Self::Exit => Until::Exit,
             Self::Completed => Until::Completed,
             Self::Position(position) => Until::Position(*position),
-            Self::Registers { registers, limit } => Until::Registers { registers, limit: *limit },
+            Self::Registers { registers, limit } => Until::Registers {
+                registers,
+                limit: *limit,
+            },
         }
     }
 }

@@ -55,7 +55,10 @@ pub struct ExitCounts {
 impl ExitCounts {
     /// Counts one exit.
     pub fn add(&mut self, exit: &Exit, guest: Duration, monitor: Duration) {
-        let tally = self.by_site.entry((exit.reason(), ExitSite::of(exit))).or_default();
+        let tally = self
+            .by_site
+            .entry((exit.reason(), ExitSite::of(exit)))
+            .or_default();
         tally.count += 1;
         tally.guest += guest;
         tally.monitor += monitor;
@@ -63,15 +66,19 @@ impl ExitCounts {
 
     /// Every reason and site seen, in order.
     pub fn iter(&self) -> impl Iterator<Item = (ExitReason, ExitSite, Tally)> + '_ {
-        self.by_site.iter().map(|(&(reason, site), &tally)| (reason, site, tally))
+        self.by_site
+            .iter()
+            .map(|(&(reason, site), &tally)| (reason, site, tally))
     }
 
     /// All together.
     pub fn total(&self) -> Tally {
-        self.by_site.values().fold(Tally::default(), |sum, tally| Tally {
-            count: sum.count + tally.count,
-            guest: sum.guest + tally.guest,
-            monitor: sum.monitor + tally.monitor,
-        })
+        self.by_site
+            .values()
+            .fold(Tally::default(), |sum, tally| Tally {
+                count: sum.count + tally.count,
+                guest: sum.guest + tally.guest,
+                monitor: sum.monitor + tally.monitor,
+            })
     }
 }

@@ -9,9 +9,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use x86::paging::TableMemory;
 use x86::{GuestPhysAddr, PAGE_SIZE, PageFrame};
 
@@ -78,13 +76,19 @@ impl GuestMemory {
         if !(1 << 20..=MAX_SIZE).contains(&size) || size % PAGE_SIZE != 0 {
             return Err(CreateMemoryError::Size(size));
         }
-        let map_error =
-            |e: &dyn std::fmt::Display| CreateMemoryError::Map { size, reason: e.to_string() };
+        let map_error = |e: &dyn std::fmt::Display| CreateMemoryError::Map {
+            size,
+            reason: e.to_string(),
+        };
         let len = usize::try_from(size).map_err(|e| map_error(&e))?;
-        let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), len)])
-            .map_err(|e| map_error(&e))?;
+        let map =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), len)]).map_err(|e| map_error(&e))?;
         let words = (size / PAGE_SIZE).div_ceil(64);
-        Ok(Self { map, size, dirty: (0..words).map(|_| AtomicU64::new(0)).collect() })
+        Ok(Self {
+            map,
+            size,
+            dirty: (0..words).map(|_| AtomicU64::new(0)).collect(),
+        })
     }
 
     /// Bytes of RAM.
@@ -114,27 +118,40 @@ impl GuestMemory {
 
     /// Whether all of `len` bytes at `addr` are RAM.
     pub fn contains(&self, addr: GuestPhysAddr, len: usize) -> bool {
-        addr.checked_add(len as u64).is_some_and(|end| end.get() <= self.size)
+        addr.checked_add(len as u64)
+            .is_some_and(|end| end.get() <= self.size)
     }
 
     /// Copies out of guest memory.
     pub fn read(&self, addr: GuestPhysAddr, out: &mut [u8]) -> Result<(), NoMemoryError> {
         if !self.contains(addr, out.len()) {
-            return Err(NoMemoryError { addr, len: out.len() });
+            return Err(NoMemoryError {
+                addr,
+                len: out.len(),
+            });
         }
         self.map
             .read_slice(out, GuestAddress(addr.get()))
-            .map_err(|_| NoMemoryError { addr, len: out.len() })
+            .map_err(|_| NoMemoryError {
+                addr,
+                len: out.len(),
+            })
     }
 
     /// Copies into guest memory and marks the pages dirty.
     pub fn write(&self, addr: GuestPhysAddr, data: &[u8]) -> Result<(), NoMemoryError> {
         if !self.contains(addr, data.len()) {
-            return Err(NoMemoryError { addr, len: data.len() });
+            return Err(NoMemoryError {
+                addr,
+                len: data.len(),
+            });
         }
         self.map
             .write_slice(data, GuestAddress(addr.get()))
-            .map_err(|_| NoMemoryError { addr, len: data.len() })?;
+            .map_err(|_| NoMemoryError {
+                addr,
+                len: data.len(),
+            })?;
         self.mark_dirty(addr, data.len());
         Ok(())
     }
@@ -214,7 +231,11 @@ mod tests {
         let last = GuestPhysAddr::new((1 << 20) - 4);
         assert!(memory.write(last, &[1; 4]).is_ok());
         assert!(memory.write(last, &[2; 5]).is_err());
-        assert!(memory.read(GuestPhysAddr::new(u64::MAX), &mut [0; 2]).is_err());
+        assert!(
+            memory
+                .read(GuestPhysAddr::new(u64::MAX), &mut [0; 2])
+                .is_err()
+        );
         let mut bytes = [0; 4];
         memory.read(last, &mut bytes).expect("in range");
         assert_eq!(bytes, [1; 4], "a refused write changes nothing");
@@ -223,7 +244,9 @@ mod tests {
     #[test]
     fn writes_mark_every_page_they_touch_once() {
         let memory = GuestMemory::new(1 << 20).expect("1 MiB");
-        memory.write(GuestPhysAddr::new(0x1fff), &[0; 2]).expect("write");
+        memory
+            .write(GuestPhysAddr::new(0x1fff), &[0; 2])
+            .expect("write");
         let expected = [PageFrame::new(1), PageFrame::new(2)].into();
         assert_eq!(memory.take_dirty(), expected);
         assert!(memory.take_dirty().is_empty());

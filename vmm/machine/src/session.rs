@@ -13,9 +13,7 @@
 use crate::End;
 use crate::board::Board;
 use crate::engine::{Answer, Engine, EngineError, Entry};
-use crate::environment::{
-    Arrival, Bound, Boundary, Environment, EnvironmentError, SyncOrdinal,
-};
+use crate::environment::{Arrival, Bound, Boundary, Environment, EnvironmentError, SyncOrdinal};
 use crate::exit_counts::ExitCounts;
 use crate::memory::GuestMemory;
 use std::time::Instant;
@@ -74,7 +72,11 @@ pub struct Progress {
 impl Progress {
     /// Where a loop stands that was restored at a clean boundary.
     pub fn at(ordinal: SyncOrdinal, halted: bool) -> Self {
-        Self { ordinal, halted, ..Self::default() }
+        Self {
+            ordinal,
+            halted,
+            ..Self::default()
+        }
     }
 }
 
@@ -185,7 +187,11 @@ impl<E: Environment + ?Sized> Session<E> {
             // Entering now would run past the HLT on an engine that keeps no halted state.
             return Ok(Turn::Idle);
         }
-        let bound = if wanted == Bound::Exit { bound } else { &wanted };
+        let bound = if wanted == Bound::Exit {
+            bound
+        } else {
+            &wanted
+        };
         let entry = self.entry();
         let entered = Instant::now();
         let exit = self.engine.run(vcpu, entry, bound.until())?;
@@ -229,7 +235,11 @@ impl<E: Environment + ?Sized> Session<E> {
     fn entry(&mut self) -> Entry {
         let answer = std::mem::take(&mut self.progress.answer);
         let window = std::mem::take(&mut self.progress.window);
-        let inject = if window { self.board.acknowledge() } else { None };
+        let inject = if window {
+            self.board.acknowledge()
+        } else {
+            None
+        };
         Entry {
             answer,
             inject: inject.map(Injection::ExternalInterrupt),
@@ -243,7 +253,8 @@ impl<E: Environment + ?Sized> Session<E> {
         if exit.is_sync_point() {
             progress.ordinal.0 += 1;
         }
-        self.environment.exited(vcpu, exit, progress.ordinal, self.engine.position())?;
+        self.environment
+            .exited(vcpu, exit, progress.ordinal, self.engine.position())?;
         progress.incomplete = exit.wants() != Wants::Nothing
             || matches!(exit, Exit::IoOut { .. } | Exit::MmioWrite { .. });
         progress.halted = match exit {
@@ -280,9 +291,15 @@ pub fn handle<E: Environment + ?Sized>(
             board.mmio_write(addr, data, environment)?;
             Answer::None
         }
-        Exit::Rdmsr { msr } => board.msr_read(msr).map_or(Answer::MsrRefused, Answer::MsrValue),
+        Exit::Rdmsr { msr } => board
+            .msr_read(msr)
+            .map_or(Answer::MsrRefused, Answer::MsrValue),
         Exit::Wrmsr { msr, value } => {
-            if board.msr_write(msr, value) { Answer::MsrAccepted } else { Answer::MsrRefused }
+            if board.msr_write(msr, value) {
+                Answer::MsrAccepted
+            } else {
+                Answer::MsrRefused
+            }
         }
         _ => Answer::None,
     })
