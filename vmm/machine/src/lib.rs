@@ -10,6 +10,8 @@
 //! Elsewhere: the engines (`vmm/kvm`, `vmm/soft`), recording (`replay`), presentation (`introspect`).
 
 pub mod board;
+pub mod boot;
+mod config;
 pub mod debuggable;
 mod end;
 pub mod engine;
@@ -19,5 +21,6 @@ pub mod memory;
 pub mod session;
 
 pub use board::{Board, BoardConfig, BoardState};
+pub use config::{BuildError, MachineConfig};
 pub use end::End;
 pub use memory::{GuestMemory, PageSet};

@@ -73,7 +73,7 @@ const MAX_SIZE: u64 = 3 << 30;
 impl GuestMemory {
     /// Zeroed RAM of `size` bytes from physical address 0.
     pub fn new(size: u64) -> Result<Self, CreateMemoryError> {
-        if !(1 << 20..=MAX_SIZE).contains(&size) || size % PAGE_SIZE != 0 {
+        if !(1 << 20..=MAX_SIZE).contains(&size) || !size.is_multiple_of(PAGE_SIZE) {
             return Err(CreateMemoryError::Size(size));
         }
         let map_error = |e: &dyn std::fmt::Display| CreateMemoryError::Map {

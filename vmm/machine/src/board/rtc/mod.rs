@@ -208,7 +208,7 @@ impl Rtc {
         if self.b & B_BINARY != 0 {
             value
         } else {
-            value / 10 << 4 | value % 10
+            (value / 10) << 4 | (value % 10)
         }
     }
 
