@@ -101,7 +101,8 @@ pub trait Debuggable {
     fn set_breakpoints(&mut self, at: &BTreeSet<GuestVirtAddr>) -> Result<(), DebugError>;
 
     /// Resumes. Returns [`Stop::Slice`] after about `slice`, so that the caller can look after its connection or
-    /// screen. A breakpoint at the present instruction does not stop it again.
+    /// screen. A breakpoint at the present instruction does not stop it again; so a slice never ends on one that has not been
+    /// reported, but with [`Stop::Breakpoint`].
     fn resume(&mut self, how: Resume, slice: Duration) -> Result<Stop, DebugError>;
 
     /// Where the timeline stands, if it is known (an engine that counts).
