@@ -92,6 +92,11 @@ impl Position {
         retired: Instructions::ZERO,
         within: 0,
     };
+    /// A point no run reaches.
+    pub const NEVER: Self = Self {
+        retired: Instructions::NEVER,
+        within: u64::MAX,
+    };
 
     /// The point right after `retired` instructions.
     pub const fn at(retired: u64) -> Self {
