@@ -67,6 +67,8 @@ pub struct Boundary<'a> {
     pub halted: bool,
     /// When the next timer of the machine is due, in virtual time.
     pub deadline: Option<Nanos>,
+    /// How many bytes of input the first serial port takes now without losing any.
+    pub input_room: usize,
     /// To look at the CPU's state and dirty pages.
     pub engine: &'a mut dyn Engine,
     /// To look at memory.
@@ -93,6 +95,15 @@ pub enum Bound {
 }
 
 impl Bound {
+    /// The one of the two that is reached first; `other` where that cannot be told.
+    pub fn nearer<'a>(&'a self, other: &'a Self) -> &'a Self {
+        match (self, other) {
+            (_, Self::Exit) | (Self::Completed, _) => self,
+            (Self::Position(a), Self::Position(b)) if a < b => self,
+            _ => other,
+        }
+    }
+
     /// The engine's form of it.
     pub fn until(&self) -> Until<'_> {
         match self {

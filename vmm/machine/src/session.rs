@@ -78,6 +78,11 @@ impl Progress {
             ..Self::default()
         }
     }
+
+    /// Whether the CPU executed HLT and nothing has woken it.
+    pub fn halted(&self) -> bool {
+        self.halted
+    }
 }
 
 impl<E: Environment + ?Sized> Session<E> {
@@ -173,7 +178,7 @@ impl<E: Environment + ?Sized> Session<E> {
     }
 
     /// One turn: ask what arrives, enter the guest, handle its exit. `bound` limits the run besides what the
-    /// environment asks; the environment's bound wins when it has one that is not [`Bound::Exit`].
+    /// environment asks: the nearer of the two counts, and the environment's where that cannot be told.
     pub fn turn(&mut self, bound: &Bound) -> Result<Turn, RunError> {
         if let Some(end) = self.progress.end {
             return Ok(Turn::Ended(end));
@@ -187,11 +192,7 @@ impl<E: Environment + ?Sized> Session<E> {
             // Entering now would run past the HLT on an engine that keeps no halted state.
             return Ok(Turn::Idle);
         }
-        let bound = if wanted == Bound::Exit {
-            bound
-        } else {
-            &wanted
-        };
+        let bound = bound.nearer(&wanted);
         let entry = self.entry();
         let entered = Instant::now();
         let exit = self.engine.run(vcpu, entry, bound.until())?;
@@ -218,6 +219,7 @@ impl<E: Environment + ?Sized> Session<E> {
             incomplete: self.progress.incomplete,
             halted: self.progress.halted && !self.board.interrupt_pending(),
             deadline: self.board.deadline(),
+            input_room: self.board.input_room(),
             engine: self.engine.as_mut(),
             memory: &self.memory,
         })?;

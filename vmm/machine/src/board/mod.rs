@@ -284,6 +284,11 @@ impl Board {
         }
     }
 
+    /// How many bytes of input the serial port takes now without losing any.
+    pub fn input_room(&self) -> usize {
+        self.uart.room()
+    }
+
     /// The INTR line.
     pub fn interrupt_pending(&self) -> bool {
         self.pic.intr()

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
 /// Bytes that wait for room in the FIFO.
-const QUEUE_LIMIT: usize = 64 << 10;
+const QUEUE_LIMIT: usize = 4 << 10;
 const FIFO_SIZE: usize = 16;
 
 const IER_MASK: u8 = 0x0f;
@@ -148,6 +148,11 @@ impl Uart {
                 self.overrun = true;
             }
         }
+    }
+
+    /// Bytes that can be received now without loss.
+    pub(super) fn room(&self) -> usize {
+        (QUEUE_LIMIT + self.capacity()).saturating_sub(self.queue.len() + self.fifo.len())
     }
 
     fn refill(&mut self) {
@@ -330,7 +335,9 @@ mod tests {
     #[test]
     fn too_much_input_is_an_overrun() {
         let mut uart = Uart::new();
+        assert_eq!(uart.room(), QUEUE_LIMIT + 1);
         uart.receive(&vec![7; QUEUE_LIMIT + 1]);
+        assert_eq!(uart.room(), 0);
         assert_eq!(
             uart.read(5),
             LSR_EMPTY | LSR_DR,
