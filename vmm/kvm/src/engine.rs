@@ -1,0 +1,529 @@
+//! The engine: who holds the guest's state, and who executes next.
+//!
+//! Purpose: [`KvmEngine`] behind [`Engine`]: take the answer to the last exit, deliver what is to be injected, then let KVM or the
+//! single-instruction path execute until something exits.
+//! Invariants:
+//! - The state is in one place: in KVM, or here ([`Core`]), where it may have changed. The extra state (FPU, MSRs, debug
+//!   registers) is read only when somebody needs it, and written back only where it differs.
+//! - While KVM awaits the completion of an exit ([`Owed`]), nothing is put into it.
+//! - Interrupts are delivered by [`soft::Stepper`] on every host, so that frames, flags and accessed bits are the ones a replay makes.
+//!
+//! Elsewhere: KVM's exits ([`crate::exit`]); when and how the single-instruction path runs ([`crate::hybrid`]).
+//! Source: KVM API, sections 4.10 and 5.
+
+use crate::host::{self, OpenError};
+use crate::quirks::Quirks;
+use crate::sensitive::Sensitive;
+use crate::shadow::Tables;
+use crate::slots::Slots;
+use crate::vcpu::Vcpu;
+use crate::vm;
+use kvm_ioctls::VmFd;
+use machine::engine::{Answer, Engine, EngineError, EngineKind, Entry, Kick, Until};
+use machine::{GuestMemory, PageSet};
+use soft::{Delivery, Pending, Stepper};
+use std::sync::Arc;
+use x86::controls::Control;
+use x86::exit::Injection;
+use x86::{
+    Activity, CpuModel, CpuState, DescriptorTable, Exit, ExitControls, GuestPhysAddr, GuestVirtAddr,
+    PAGE_SIZE, PageFrame, Position, VcpuId,
+};
+
+/// Who executes the guest's kernel (and everything else at privilege level 0).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Cpl0Policy {
+    /// KVM, but for what it cannot do.
+    #[default]
+    Kvm,
+    /// The single-instruction path; KVM runs ring 3 only.
+    Soft,
+}
+
+/// Where registers, system registers and events are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Core {
+    /// In KVM; what is here is out of date.
+    InKvm,
+    /// Here, and KVM holds the same.
+    Same,
+    /// Here; KVM's are out of date.
+    Changed,
+}
+
+/// What the last exit left unfinished.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Owed {
+    /// Nothing: an instruction boundary.
+    Nothing,
+    /// A port access in KVM; `read` wants a value of this many bytes.
+    Port { read: Option<u8> },
+    /// An MMIO access in KVM.
+    Mmio(Fragments),
+    /// An MSR access in KVM.
+    Msr,
+    /// An access in KVM that has been answered already.
+    Answered,
+    /// An instruction of the single-instruction path.
+    Soft,
+}
+
+/// One MMIO access of KVM's, handed out in pieces of 1, 2, 4 or 8 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Fragments {
+    pub addr: u64,
+    pub len: usize,
+    /// Bytes handed out so far.
+    pub done: usize,
+    pub write: bool,
+    /// What is written, or what has been read so far.
+    pub value: u64,
+}
+
+/// How many hardware breakpoints a processor has.
+pub(crate) const HARDWARE_BREAKPOINTS: usize = 4;
+
+/// The engine on KVM. One virtual CPU.
+#[derive(Debug)]
+pub struct KvmEngine {
+    pub(crate) vm: VmFd,
+    pub(crate) vcpu: Vcpu,
+    pub(crate) slots: Slots,
+    pub(crate) memory: GuestMemory,
+    pub(crate) stepper: Stepper,
+    pub(crate) pending: Pending,
+    pub(crate) quirks: Quirks,
+    pub(crate) sensitive: Sensitive,
+    pub(crate) policy: Cpl0Policy,
+    pub(crate) controls: ExitControls,
+    pub(crate) cpu: CpuState,
+    pub(crate) core: Core,
+    /// The extra state is here, and KVM's the same or out of date.
+    pub(crate) extra_here: bool,
+    pub(crate) owed: Owed,
+    /// The guest's IDTR while KVM holds `hidden_idtr`.
+    pub(crate) guest_idtr: DescriptorTable,
+    pub(crate) hidden_idtr: Option<DescriptorTable>,
+    /// CR2 when KVM was last entered.
+    pub(crate) entry_cr2: u64,
+    /// The next instruction is for the single-instruction path.
+    pub(crate) must_step: bool,
+    /// KVM ran since the stepper did.
+    pub(crate) kvm_ran: bool,
+    /// The stepper, or the monitor, may have written memory since KVM ran.
+    pub(crate) stepped: bool,
+    /// The breakpoint that was reported last; it does not stop the next run again.
+    pub(crate) resume_at: Option<GuestVirtAddr>,
+    /// Pages written that nobody has asked for yet.
+    pub(crate) dirty: PageSet,
+    /// Pages written by us that KVM's shadow page tables may be made from.
+    pub(crate) unseen: PageSet,
+    /// Pages to look for sensitive instructions in.
+    pub(crate) unscanned: PageSet,
+    pub(crate) tables: Tables,
+    /// KVM exits so far, to look at what the guest wrote from time to time.
+    pub(crate) exits: u32,
+}
+
+impl KvmEngine {
+    /// An engine over `memory` whose CPU is of `model`, in its power-on state.
+    pub fn new(memory: GuestMemory, model: CpuModel) -> Result<Self, OpenError> {
+        Self::with_policy(memory, model, Cpl0Policy::default())
+    }
+
+    /// The same, with a say in who executes the guest's kernel.
+    pub fn with_policy(memory: GuestMemory, model: CpuModel, policy: Cpl0Policy) -> Result<Self, OpenError> {
+        let kvm = host::open()?;
+        let quirks = Quirks::of(&kvm)?;
+        let (vm, vcpu) = vm::create(&kvm, model)?;
+        let sensitive = quirks.sensitive();
+        let dirty = memory.take_dirty();
+        let found = dirty.iter().copied().filter(|&page| sensitive.any() && sensitive.is_in(&memory, page));
+        let slots = Slots::new(&vm, &memory, found.collect(), kvm.get_nr_memslots())?;
+        let stepper = Stepper::new(memory.clone(), model)?;
+        Ok(Self {
+            vm,
+            vcpu,
+            slots,
+            memory,
+            stepper,
+            pending: Pending::new(),
+            quirks,
+            sensitive,
+            policy,
+            controls: ExitControls::default(),
+            cpu: CpuState::default(),
+            core: Core::Changed,
+            extra_here: true,
+            owed: Owed::Nothing,
+            guest_idtr: DescriptorTable::default(),
+            hidden_idtr: None,
+            entry_cr2: 0,
+            must_step: false,
+            kvm_ran: false,
+            stepped: true,
+            resume_at: None,
+            dirty,
+            unseen: PageSet::new(),
+            unscanned: PageSet::new(),
+            tables: Tables::default(),
+            exits: 0,
+        })
+    }
+
+    /// What was found out about this host.
+    pub fn quirks(&self) -> Quirks {
+        self.quirks
+    }
+
+    /// Brings registers, system registers and events here.
+    pub(crate) fn fetch_core(&mut self) {
+        if self.core != Core::InKvm {
+            return;
+        }
+        self.vcpu.core(&mut self.cpu);
+        if self.hidden_idtr == Some(self.cpu.idtr) {
+            self.cpu.idtr = self.guest_idtr;
+        }
+        self.core = Core::Same;
+    }
+
+    /// Brings the whole state here.
+    pub(crate) fn fetch(&mut self) -> Result<(), EngineError> {
+        self.fetch_core();
+        if !self.extra_here {
+            self.vcpu.read_extra(&mut self.cpu)?;
+            self.extra_here = true;
+        }
+        Ok(())
+    }
+
+    /// Gives KVM what changed here, right before it runs.
+    fn load(&mut self) -> Result<(), EngineError> {
+        if self.stepped {
+            self.catch_up()?;
+        }
+        if self.core == Core::Changed {
+            self.put_core();
+        }
+        if self.extra_here {
+            self.vcpu.put_extra(&self.cpu)?;
+        }
+        if self.quirks.hides_idt() {
+            self.entry_cr2 = match self.core {
+                Core::InKvm => self.vcpu.sregs().cr2,
+                Core::Same | Core::Changed => self.cpu.cr2,
+            };
+        }
+        self.cpu.activity = Activity::Active;
+        Ok(())
+    }
+
+    fn put_core(&mut self) {
+        let mut idtr = self.cpu.idtr;
+        if self.quirks.hides_idt() {
+            self.guest_idtr = idtr;
+            idtr.limit = 0;
+            self.hidden_idtr = Some(idtr);
+        }
+        self.vcpu.put_core(&self.cpu, &idtr);
+        self.core = Core::Same;
+    }
+
+    /// What the single-instruction path and the monitor wrote since KVM ran: KVM has to see changed page tables, and
+    /// changed code is looked at again.
+    fn catch_up(&mut self) -> Result<(), EngineError> {
+        self.stepped = false;
+        let written = self.stepper.take_dirty();
+        self.note_written(&written);
+        self.scan()?;
+        if self.quirks.shadows_stale {
+            self.unseen.extend(written);
+            let visible = self.sensitive.returns && self.cpu.cpl() != 3;
+            if !visible && !self.unseen.is_empty() {
+                let unseen = std::mem::take(&mut self.unseen);
+                if self.tables.changed(&self.cpu, &self.memory, &unseen) {
+                    self.slots.drop_shadows(&self.vm)?;
+                }
+            }
+        } else if self.kvm_ran_before() {
+            self.flush_translations()?;
+        }
+        Ok(())
+    }
+
+    /// Whether KVM can hold translations at all.
+    fn kvm_ran_before(&self) -> bool {
+        self.exits != 0
+    }
+
+    /// Makes the processor drop its translations: the single-instruction path may have executed INVLPG.
+    fn flush_translations(&mut self) -> Result<(), EngineError> {
+        self.fetch_core();
+        if self.owed != Owed::Nothing || self.cpu.cr0.bits() & x86::regs::Cr0::PG.bits() == 0 {
+            return Ok(());
+        }
+        let mut toggled = self.cpu.clone();
+        toggled.cr4 ^= x86::regs::Cr4::PGE;
+        let idtr = toggled.idtr;
+        self.vcpu.put_core(&toggled, &idtr);
+        self.vcpu.finish()?;
+        self.core = Core::Changed;
+        Ok(())
+    }
+
+    pub(crate) fn note_written(&mut self, pages: &PageSet) {
+        if self.sensitive.any() {
+            self.unscanned.extend(pages);
+        }
+        self.dirty.extend(pages);
+    }
+
+    /// Takes pages out of the slots, or puts them back, according to what they hold now.
+    pub(crate) fn scan(&mut self) -> Result<(), EngineError> {
+        for page in std::mem::take(&mut self.unscanned) {
+            // An instruction may start at the end of the page before.
+            let before = page.number().checked_sub(1).map(PageFrame::new);
+            for page in before.into_iter().chain([page]) {
+                if self.sensitive.is_in(&self.memory, page) {
+                    self.slots.take_out(&self.vm, page)?;
+                } else {
+                    self.slots.put_back(&self.vm, page)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets KVM run, and makes an exit of how it ended. `None`: go on.
+    fn enter(&mut self, window: bool) -> Result<Option<Exit>, EngineError> {
+        self.load()?;
+        let raw = self.vcpu.enter(window && !self.quirks.windows_unreliable)?;
+        self.kvm_has_run();
+        self.translate(raw)
+    }
+
+    pub(crate) fn kvm_has_run(&mut self) {
+        self.core = Core::InKvm;
+        self.extra_here = false;
+        self.kvm_ran = true;
+        self.owed = Owed::Nothing;
+        self.exits = self.exits.wrapping_add(1).max(1);
+    }
+
+    /// Finishes what the last exit interrupted. `Some`: it has more to ask.
+    fn finish(&mut self) -> Result<Option<Exit>, EngineError> {
+        loop {
+            match self.owed {
+                Owed::Nothing => return Ok(None),
+                Owed::Soft => return self.step(),
+                Owed::Port { .. } | Owed::Mmio(_) | Owed::Msr | Owed::Answered => {
+                    let raw = self.vcpu.finish()?;
+                    self.kvm_has_run();
+                    if let Some(exit) = self.finished(raw)? {
+                        return Ok(Some(exit));
+                    }
+                }
+            }
+        }
+    }
+
+    /// What has to be looked at before an instruction is executed. `Some`: stop here.
+    fn at_boundary(&mut self, entry: &Entry, completed: bool) -> Result<Option<Exit>, EngineError> {
+        if self.cpu.activity == Activity::Shutdown {
+            return Ok(Some(Exit::TripleFault));
+        }
+        if entry.interrupt_window && self.interruptible() {
+            return Ok(Some(Exit::InterruptWindow));
+        }
+        if completed {
+            return Ok(Some(Exit::BoundReached));
+        }
+        if self.vcpu.kick().take_request() || self.cpu.activity == Activity::Halted {
+            return Ok(Some(Exit::Kicked));
+        }
+        Ok(None)
+    }
+
+    pub(crate) fn interruptible(&mut self) -> bool {
+        match self.core {
+            Core::InKvm => self.vcpu.interruptible(),
+            Core::Same | Core::Changed => self.cpu.interruptible(),
+        }
+    }
+
+    fn inject(&mut self, injection: Injection) -> Result<Option<Exit>, EngineError> {
+        self.fetch_core();
+        self.before_step();
+        self.core = Core::Changed;
+        match self.stepper.inject(&mut self.cpu, injection)? {
+            Delivery::Delivered(_) => Ok(None),
+            Delivery::TripleFault => {
+                self.cpu.activity = Activity::Shutdown;
+                Ok(Some(Exit::TripleFault))
+            }
+        }
+    }
+
+    /// Told to the stepper before it looks at memory.
+    pub(crate) fn before_step(&mut self) {
+        if self.kvm_ran {
+            self.stepper.native_code_ran();
+            self.kvm_ran = false;
+        }
+        self.stepped = true;
+    }
+
+    /// Whether every boundary has to be looked at, so that an exit must be completed before the guest goes on.
+    fn watches_boundaries(&self) -> bool {
+        self.controls.monitor_trap_flag || !self.controls.breakpoints.is_empty()
+    }
+
+    fn known(&self, vcpu: VcpuId) -> Result<(), EngineError> {
+        if vcpu == VcpuId::BOOT { Ok(()) } else { Err(EngineError::NoSuchVcpu(vcpu)) }
+    }
+}
+
+impl Engine for KvmEngine {
+    fn kind(&self) -> EngineKind {
+        EngineKind::Kvm
+    }
+
+    fn set_controls(&mut self, controls: &ExitControls) -> Result<(), EngineError> {
+        let unsupported = controls
+            .active()
+            .find(|control| !matches!(control, Control::MonitorTrapFlag | Control::Breakpoints));
+        if let Some(control) = unsupported {
+            return Err(EngineError::Unsupported {
+                engine: EngineKind::Kvm.name(),
+                control,
+                reason: "KVM has no exit for it; use `--engine soft`, or replay a recording",
+            });
+        }
+        let mut at: Vec<u64> = controls.breakpoints.iter().map(|addr| addr.get()).collect();
+        if at.len() > HARDWARE_BREAKPOINTS {
+            at.clear();
+        }
+        self.vcpu.set_breakpoints(&at)?;
+        self.controls = controls.clone();
+        Ok(())
+    }
+
+    fn run(&mut self, vcpu: VcpuId, entry: Entry, until: Until<'_>) -> Result<Exit, EngineError> {
+        self.known(vcpu)?;
+        let completed = match until {
+            Until::Exit => false,
+            Until::Completed => true,
+            Until::Position(_) | Until::Registers { .. } => {
+                return Err(EngineError::CannotCount(EngineKind::Kvm.name()));
+            }
+        };
+        if let Some(exit) = self.accept(entry.answer)? {
+            return Ok(exit);
+        }
+        let boundary =
+            completed || entry.interrupt_window || entry.inject.is_some() || self.watches_boundaries();
+        if boundary && let Some(exit) = self.finish()? {
+            return Ok(exit);
+        }
+        if let Some(injection) = entry.inject
+            && let Some(exit) = self.inject(injection)?
+        {
+            return Ok(exit);
+        }
+        loop {
+            let exit = if self.owed == Owed::Soft || (boundary && self.owed != Owed::Nothing) {
+                self.finish()?
+            } else if self.owed != Owed::Nothing {
+                self.enter(entry.interrupt_window)?
+            } else if let Some(exit) = self.at_boundary(&entry, completed)? {
+                Some(exit)
+            } else if self.steps_next(entry.interrupt_window) {
+                self.step()?
+            } else {
+                self.enter(entry.interrupt_window)?
+            };
+            if let Some(exit) = exit {
+                return Ok(exit);
+            }
+        }
+    }
+
+    fn state(&mut self, vcpu: VcpuId) -> Result<CpuState, EngineError> {
+        self.known(vcpu)?;
+        if self.owed != Owed::Nothing {
+            return Err(EngineError::OutOfOrder("state asked for while an exit awaits completion"));
+        }
+        self.fetch()?;
+        Ok(self.cpu.clone())
+    }
+
+    fn set_state(&mut self, vcpu: VcpuId, state: &CpuState) -> Result<(), EngineError> {
+        self.known(vcpu)?;
+        match self.owed {
+            Owed::Nothing | Owed::Soft => {}
+            _ => return Err(EngineError::OutOfOrder("state set while an exit awaits completion")),
+        }
+        self.fetch()?;
+        self.pending.clear();
+        self.owed = Owed::Nothing;
+        self.cpu = state.clone();
+        self.core = Core::Changed;
+        self.must_step = false;
+        self.resume_at = None;
+        Ok(())
+    }
+
+    fn interrupts_enabled(&mut self, vcpu: VcpuId) -> Result<bool, EngineError> {
+        self.known(vcpu)?;
+        Ok(match self.core {
+            Core::InKvm => self.vcpu.interrupt_flag(),
+            Core::Same | Core::Changed => self.cpu.regs.rflags & x86::regs::rflags::IF != 0,
+        })
+    }
+
+    fn kicker(&self, vcpu: VcpuId) -> Result<Arc<dyn Kick>, EngineError> {
+        self.known(vcpu)?;
+        Ok(self.vcpu.kick().clone())
+    }
+
+    fn take_dirty(&mut self) -> Result<PageSet, EngineError> {
+        let by_kvm = self.slots.take_dirty(&self.vm)?;
+        self.note_written(&by_kvm);
+        let by_us = self.stepper.take_dirty();
+        self.note_written(&by_us);
+        if self.quirks.shadows_stale {
+            self.unseen.extend(&by_us);
+        }
+        self.stepped = true;
+        Ok(std::mem::take(&mut self.dirty))
+    }
+
+    fn memory_written(&mut self, addr: GuestPhysAddr, len: usize) {
+        self.stepper.memory_written(addr, len);
+        self.stepped = true;
+        if len == 0 {
+            return;
+        }
+        let last = addr.get().saturating_add(len as u64 - 1) / PAGE_SIZE;
+        let pages = (addr.get() / PAGE_SIZE..=last).map(PageFrame::new).collect();
+        self.note_written(&pages);
+        if self.quirks.shadows_stale {
+            self.unseen.extend(pages);
+        }
+    }
+
+    fn position(&self) -> Option<Position> {
+        None
+    }
+
+    fn set_position(&mut self, _position: Position) {}
+}
+
+/// The value in an answer, or that it is missing.
+pub(crate) fn data(answer: Answer) -> Result<u64, EngineError> {
+    match answer {
+        Answer::Data(value) => Ok(value),
+        _ => Err(EngineError::OutOfOrder("the value that the last exit wants is missing")),
+    }
+}
