@@ -93,7 +93,7 @@ pub enum Until<'a> {
 /// Wakes a virtual CPU out of [`Engine::run`], from any thread.
 pub trait Kick: Send + Sync {
     /// Makes the current run, or the next one, end with [`Exit::Kicked`] at an instruction boundary. Never lost,
-    /// may be spurious.
+    /// may be spurious. Async-signal-safe.
     fn kick(&self);
 }
 

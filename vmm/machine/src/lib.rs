@@ -17,6 +17,7 @@ mod end;
 pub mod engine;
 pub mod environment;
 pub mod exit_counts;
+pub mod host_environment;
 pub mod memory;
 pub mod session;
 
