@@ -103,7 +103,7 @@ fn state(cpu: &CpuState) -> Vec<Item> {
             String::new(),
             format!("{}, CPL {}", mode_text(cpu.mode()), cpu.cpl()),
         ),
-        item("doing", String::new(), activity_text(cpu)),
+        item("cpu", String::new(), activity_text(cpu)),
     ]
 }
 
@@ -463,8 +463,8 @@ mod tests {
         assert_eq!(shown(&cpu, "cs"), "cs     0008 64-bit code r-x DPL 0");
         assert_eq!(shown(&cpu, "dr7"), "dr7    00000409 L0 G1");
         assert_eq!(
-            shown(&cpu, "doing"),
-            "doing   halted, #GP (error code 0x18) pending"
+            shown(&cpu, "cpu"),
+            "cpu     halted, #GP (error code 0x18) pending"
         );
     }
 
