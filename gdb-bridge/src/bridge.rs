@@ -45,7 +45,7 @@ pub(crate) struct Bridge<'m> {
     pub(crate) physical: bool,
     /// Lines for the user that gdb could not take yet.
     pub(crate) notes: Vec<String>,
-    /// The user knows that a live guest has ended.
+    /// The client knows that a live guest has ended.
     pub(crate) end_told: bool,
     /// The user knows that the timeline has left its recording.
     pub(crate) branch_told: bool,
@@ -87,6 +87,7 @@ impl<'m> Bridge<'m> {
         self.software.clear();
         self.hardware.clear();
         self.physical = false;
+        self.end_told = false;
         if let Err(error) = self.install_breakpoints() {
             self.failed = Some(error.to_string());
         }

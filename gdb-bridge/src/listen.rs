@@ -96,7 +96,7 @@ pub enum ListenError {
     /// Reachable from outside, and nobody allowed that.
     #[error(
         "{address} can be reached from other machines, and gdb's protocol has no password: whoever connects reads and \
-         changes everything in the guest. Listen on 127.0.0.1, or allow remote connections explicitly"
+         changes everything in the guest. Listen on 127.0.0.1, or allow it with --gdb-allow-remote"
     )]
     NotLoopback {
         /// What was asked for.
@@ -354,7 +354,7 @@ mod tests {
     #[test]
     fn only_loopback_is_bound_unless_more_is_allowed() {
         let error = Listener::bind(&tcp("0.0.0.0", 0), false).expect_err("refused");
-        assert!(error.to_string().contains("allow remote"), "{error}");
+        assert!(error.to_string().contains("--gdb-allow-remote"), "{error}");
         let listener = Listener::bind(&tcp("0.0.0.0", 0), true).expect("allowed");
         assert_ne!(
             listener.address(),
