@@ -5,7 +5,9 @@
 //! the order it asks for them.
 //! Invariants: empty at a clean boundary; an instruction that retires, faults or finishes an iteration leaves it empty.
 
+use crate::stop::{Exec, Stop};
 use machine::engine::Answer;
+use x86::Exit;
 
 /// Most questions one instruction may ask: sixteen bytes of MMIO in single bytes, read and written back.
 const CAPACITY: usize = 40;
@@ -21,7 +23,12 @@ pub struct Pending {
 
 impl Default for Pending {
     fn default() -> Self {
-        Self { answers: [Answer::None; CAPACITY], len: 0, used: 0, owed: false }
+        Self {
+            answers: [Answer::None; CAPACITY],
+            len: 0,
+            used: 0,
+            owed: false,
+        }
     }
 }
 
@@ -57,20 +64,18 @@ impl Pending {
         self.used = 0;
     }
 
-    /// The answer to the next question, if it has been given.
-    pub(crate) fn next(&mut self) -> Option<Answer> {
-        let answer = self.answers[..self.len].get(self.used).copied();
-        self.used += usize::from(answer.is_some());
-        answer
-    }
-
-    /// Whether there is room for another answer.
-    pub(crate) fn has_room(&self) -> bool {
-        self.len < CAPACITY
-    }
-
-    /// An exit is being taken whose answer the instruction needs.
-    pub(crate) fn owe(&mut self) {
+    /// Asks for what `exit` wants: the answer if it has been given already, else the exit to take.
+    pub(crate) fn ask(&mut self, exit: Exit) -> Exec<Answer> {
+        if let Some(&answer) = self.answers[..self.len].get(self.used) {
+            self.used += 1;
+            return Ok(answer);
+        }
+        if self.len == CAPACITY {
+            return Err(Stop::Unimplemented(
+                "so many device accesses in one instruction",
+            ));
+        }
         self.owed = true;
+        Err(Stop::Exit(exit))
     }
 }
