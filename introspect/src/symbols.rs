@@ -8,7 +8,7 @@
 
 use object::read::elf::{ElfFile, FileHeader};
 use object::{Object, ObjectSection, ObjectSymbol, SectionIndex, SymbolKind, SymbolSection};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::{self, Write};
 use x86::GuestVirtAddr;
 
@@ -275,6 +275,25 @@ impl Symbols {
         starts
             .all(|start| start == first)
             .then(|| GuestVirtAddr::new(first))
+    }
+
+    /// Up to `most` names, in order and each once, that begin with `text`, or have a last part (after `::`) that does.
+    pub fn complete(&self, text: &str, most: usize) -> Vec<String> {
+        let mut names = BTreeSet::new();
+        for entry in self.entries.iter().filter(|entry| self.may_be(entry, text)) {
+            let name = self.demangled(entry);
+            let part = name.match_indices("::").any(|(at, colons)| {
+                name.get(at + colons.len()..)
+                    .is_some_and(|part| part.starts_with(text) && !part.contains("::"))
+            });
+            if part || name.starts_with(text) {
+                names.insert(name);
+            }
+            if names.len() > most {
+                names.pop_last();
+            }
+        }
+        names.into_iter().collect()
     }
 
     /// The address that text means: `name`, `name+0x12`, `0x1234` or `1234` (hexadecimal is never guessed).

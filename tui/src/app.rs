@@ -107,6 +107,8 @@ pub(crate) struct App<'s> {
     pub(crate) zoom: bool,
     /// By [`Panel`]; lines from the top, of the console from the bottom.
     pub(crate) scroll: [usize; 6],
+    /// The events panel shows the present moment wherever it goes.
+    pub(crate) follow_events: bool,
     pub(crate) mode: Mode,
     /// The number typed before a key.
     pub(crate) count: Option<u64>,
@@ -150,6 +152,7 @@ impl<'s> App<'s> {
             last_tab: wish.last_tab,
             zoom: false,
             scroll: [0; 6],
+            follow_events: true,
             mode: Mode::Panels,
             count: None,
             message: None,
@@ -197,6 +200,12 @@ impl<'s> App<'s> {
             self.listing
                 .build(&self.disassembler, &code, usize::from(rows));
         }
+        if self.follow_events {
+            let (_, height) = self.screen.inner_size(Panel::Events);
+            let above = usize::from(height) / 2;
+            self.scroll[Panel::Events as usize] =
+                panels::present_row(machine).saturating_sub(above);
+        }
         for panel in Panel::ALL {
             let (width, height) = self.screen.inner_size(panel);
             if height != 0 {
@@ -229,6 +238,7 @@ impl<'s> App<'s> {
     pub(crate) fn arrived(&mut self, machine: &mut dyn Debuggable) {
         self.read(machine);
         self.show_rip();
+        self.follow_events = true;
     }
 
     /// Moves the disassembly to the next instruction.

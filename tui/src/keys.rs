@@ -29,6 +29,9 @@ pub(crate) enum Command {
     Suspend,
 }
 
+/// More names are not shown for one to choose from.
+const MOST_NAMES: usize = 40;
+
 /// A longer number before a key is not taken.
 const LARGEST_COUNT: u64 = 1_000_000_000_000;
 
@@ -90,7 +93,9 @@ impl App<'_> {
             return None;
         };
         let control = key.modifiers.contains(KeyModifiers::CONTROL);
+        prompt.note.clear();
         match key.code {
+            KeyCode::Tab => prompt.complete(&self.symbols.complete(&prompt.answer, MOST_NAMES)),
             KeyCode::Enter => {
                 let (question, answer) = (prompt.question, std::mem::take(&mut prompt.answer));
                 self.mode = Mode::Panels;
@@ -178,8 +183,10 @@ impl App<'_> {
             _ => return None,
         };
         if self.focus == Panel::Disassembly {
-            // Code has no first and last line.
-            return (down.abs() < FAR).then_some(Command::MoveCursor(down));
+            return self.code_key(code, down);
+        }
+        if self.focus == Panel::Events {
+            self.follow_events = false;
         }
         // The console counts from its end.
         let down = if self.focus == Panel::Console {
@@ -190,5 +197,21 @@ impl App<'_> {
         let scroll = &mut self.scroll[self.focus as usize];
         *scroll = scroll.saturating_add_signed(down);
         None
+    }
+    /// Code has no first and last line: Home is the start of the function, End the next instruction.
+    fn code_key(&mut self, code: KeyCode, down: isize) -> Option<Command> {
+        match code {
+            KeyCode::Home => {
+                if let Some(location) = self.symbols.lookup(self.listing.cursor()) {
+                    self.listing.show(location.symbol.start);
+                }
+                None
+            }
+            KeyCode::End => {
+                self.show_rip();
+                None
+            }
+            _ => Some(Command::MoveCursor(down)),
+        }
     }
 }

@@ -36,6 +36,8 @@ const LONGEST_ANSWER: usize = 256;
 pub(crate) struct Prompt {
     pub(crate) question: Question,
     pub(crate) answer: String,
+    /// What Tab found.
+    pub(crate) note: String,
 }
 
 impl Prompt {
@@ -43,7 +45,27 @@ impl Prompt {
         Self {
             question,
             answer: String::new(),
+            note: String::new(),
         }
+    }
+
+    /// Completes the answer as far as all of `names` agree, and shows them when they are several.
+    pub(crate) fn complete(&mut self, names: &[String]) {
+        let Some(first) = names.first() else {
+            self.note = "no such symbol".to_owned();
+            return;
+        };
+        let common = names
+            .iter()
+            .fold(first.as_str(), |common, name| common_start(common, name));
+        if common.starts_with(&self.answer) || names.len() == 1 {
+            self.answer = common.to_owned();
+        }
+        self.note = if names.len() == 1 {
+            String::new()
+        } else {
+            names.join(" ")
+        };
     }
 
     pub(crate) fn type_char(&mut self, c: char) {
@@ -51,6 +73,12 @@ impl Prompt {
             self.answer.push(c);
         }
     }
+}
+
+fn common_start<'a>(one: &'a str, other: &str) -> &'a str {
+    let same = one.chars().zip(other.chars()).take_while(|(a, b)| a == b);
+    let len = same.map(|(a, _)| a.len_utf8()).sum();
+    one.get(..len).unwrap_or_default()
 }
 
 /// A text over the panels.
@@ -98,7 +126,7 @@ Looking
   arrows PgUp PgDn Home End
                 move in the panel
   z             the panel alone, or all of them again
-  g             show the code at a symbol or an address
+  g             show the code at a symbol or an address (Tab completes)
   .             show the next instruction again
   w             explain how an address is translated
   x             show memory

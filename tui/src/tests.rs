@@ -301,6 +301,51 @@ fn the_cursor_moves_through_the_code_and_stays_on_the_screen() {
 }
 
 #[test]
+fn tab_completes_symbols() {
+    let symbols = symbols();
+    let mut desk = Desk::new(&symbols);
+    desk.keys("gpr\t");
+    assert!(
+        desk.screen().contains("address): print"),
+        "{}",
+        desk.screen()
+    );
+    desk.keys("\n");
+    assert_eq!(desk.app.listing.cursor().get(), TEXT + 0x30);
+    desk.keys("g\t");
+    assert!(
+        desk.screen().contains("_start main print"),
+        "{}",
+        desk.screen()
+    );
+    desk.keys("zz\t");
+    assert!(
+        desk.screen().contains("no such symbol"),
+        "{}",
+        desk.screen()
+    );
+}
+
+#[test]
+fn the_present_is_visible_among_many_events() {
+    let symbols = symbols();
+    let mut desk = Desk::new(&symbols);
+    let event = desk.machine.events()[0].clone();
+    desk.machine.repeat_event(&event, 5000);
+    desk.app.set_focus(Panel::Events);
+    desk.keys("s");
+    assert!(
+        desk.screen().contains("here: 2500 arrived, 2500 to come"),
+        "{}",
+        desk.screen()
+    );
+    desk.press(KeyCode::Home, KeyModifiers::NONE);
+    assert!(desk.screen().contains("#0 "), "{}", desk.screen());
+    desk.keys("s");
+    assert!(desk.screen().contains("here: "), "moving shows it again");
+}
+
+#[test]
 fn what_the_guest_writes_does_not_reach_the_terminal() {
     let symbols = symbols();
     let mut desk = Desk::new(&symbols);

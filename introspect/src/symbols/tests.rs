@@ -70,6 +70,25 @@ fn names_become_addresses() {
 }
 
 #[test]
+fn beginnings_complete_to_names() {
+    let symbols = sample();
+    assert_eq!(
+        symbols.complete("ti", 9),
+        ["crash::sched::tick"],
+        "a path's last part"
+    );
+    assert_eq!(symbols.complete("crash::sc", 9), ["crash::sched::tick"]);
+    assert_eq!(symbols.complete("alias", 9), ["alias_code", "alias_data"]);
+    assert_eq!(
+        symbols.complete("alias", 1),
+        ["alias_code"],
+        "no more than asked for"
+    );
+    assert!(symbols.complete("ick", 9).is_empty());
+    assert_eq!(symbols.complete("", 99).len(), symbols.len(), "all of them");
+}
+
+#[test]
 fn an_ambiguous_path_end_is_not_guessed() {
     let symbols = Symbols::from_elf(&elf(&[
         sym("_RNvNtCs1234_5crash5sched4tick", FUNC, TEXT, 4),

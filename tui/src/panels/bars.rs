@@ -5,6 +5,7 @@
 
 use crate::app::{App, Message, Mode};
 use crate::jobs::Job;
+use crate::prompts::Prompt;
 use introspect::exits::grouped;
 use introspect::registers::mode_text;
 use machine::debuggable::Debuggable;
@@ -84,16 +85,13 @@ pub(super) fn draw_status(frame: &mut Frame<'_>, app: &App<'_>) {
     let area = app.screen.status;
     let line = match (&app.mode, &app.message, app.count) {
         (Mode::Prompt(prompt), _, _) => {
-            // The end of a long answer matters more than the question.
-            let whole = format!(" {}{}", prompt.question.text(), prompt.answer);
             let room = usize::from(area.width).saturating_sub(1);
-            let count = whole.chars().count();
-            let tail: String = whole.chars().skip(count.saturating_sub(room)).collect();
-            let column = area.x + u16::try_from(tail.chars().count()).unwrap_or(0);
+            let (line, column) = question(app, prompt, room);
             if area.width > 0 && area.height > 0 {
+                let column = area.x.saturating_add(u16::try_from(column).unwrap_or(0));
                 frame.set_cursor_position((column.min(area.right() - 1), area.y));
             }
-            Line::from(tail)
+            line
         }
         (Mode::Overlay(_), _, _) => {
             Line::from(" arrows, PgUp, PgDn scroll | any other key closes this")
@@ -113,6 +111,21 @@ pub(super) fn draw_status(frame: &mut Frame<'_>, app: &App<'_>) {
         (Mode::Panels, None, None) => hints(app),
     };
     frame.render_widget(Paragraph::new(line), area);
+}
+
+/// A question, what was answered so far, and where the cursor is. The end of a long answer matters more than the question.
+fn question(app: &App<'_>, prompt: &Prompt, room: usize) -> (Line<'static>, usize) {
+    let whole = format!(" {}{}", prompt.question.text(), prompt.answer);
+    let count = whole.chars().count();
+    let shown: String = whole.chars().skip(count.saturating_sub(room)).collect();
+    let column = shown.chars().count();
+    let note = if prompt.note.is_empty() {
+        String::new()
+    } else {
+        format!("   {}", prompt.note)
+    };
+    let note = Span::styled(note, app.theme.faint());
+    (Line::from(vec![Span::raw(shown), note]), column)
 }
 
 fn hints(app: &App<'_>) -> Line<'static> {

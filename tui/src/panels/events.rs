@@ -22,6 +22,13 @@ pub(super) fn total(machine: &dyn Debuggable) -> usize {
     machine.events().len() + 1
 }
 
+/// The line of the present moment: how many events have arrived.
+pub(super) fn present_row(machine: &dyn Debuggable) -> usize {
+    machine
+        .events()
+        .partition_point(|event| is_past(machine, event))
+}
+
 /// The lines in `range`.
 pub(super) fn lines(
     app: &App<'_>,
@@ -37,7 +44,7 @@ pub(super) fn lines(
         ))];
     }
     let columns = Columns::of(machine, width);
-    let now = events.partition_point(|event| is_past(machine, event));
+    let now = present_row(machine);
     range
         .filter_map(|row| match row.cmp(&now) {
             std::cmp::Ordering::Less => events

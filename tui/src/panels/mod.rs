@@ -51,6 +51,11 @@ pub(crate) fn total(app: &App<'_>, machine: &dyn Debuggable, panel: Panel, width
     }
 }
 
+/// Which line of the events panel is the present moment.
+pub(crate) fn present_row(machine: &dyn Debuggable) -> usize {
+    events::present_row(machine)
+}
+
 fn draw_place(frame: &mut Frame<'_>, app: &App<'_>, machine: &dyn Debuggable, place: &Place) {
     let panel = place.shown;
     let (width, height) = app.screen.inner_size(panel);

@@ -123,6 +123,17 @@ impl Fake {
         }
     }
 
+    /// `count` events like `event`, the first half of them in the past.
+    #[allow(dead_code)] // Not every test program needs it.
+    pub(crate) fn repeat_event(&mut self, event: &EventView, count: u64) {
+        let nth = |index| EventView {
+            index,
+            position: (index < count / 2).then_some(Position::START),
+            ..event.clone()
+        };
+        self.events = (0..count).map(nth).collect();
+    }
+
     fn rewind(&mut self, to: u64) {
         let fresh = Self::new();
         let positions: Vec<_> = self.events.iter().map(|event| event.position).collect();
