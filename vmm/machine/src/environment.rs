@@ -95,12 +95,22 @@ pub enum Bound {
 }
 
 impl Bound {
-    /// The one of the two that is reached first; `other` where that cannot be told.
-    pub fn nearer<'a>(&'a self, other: &'a Self) -> &'a Self {
+    /// What is reached as soon as one of the two is; of two register states `other`'s is looked for.
+    #[must_use]
+    pub fn nearer(&self, other: Self) -> Self {
         match (self, other) {
-            (_, Self::Exit) | (Self::Completed, _) => self,
-            (Self::Position(a), Self::Position(b)) if a < b => self,
-            _ => other,
+            (Self::Completed, _) | (_, Self::Completed) => Self::Completed,
+            (_, Self::Exit) => self.clone(),
+            (Self::Position(a), Self::Position(b)) => Self::Position(b.min(*a)),
+            (Self::Position(a), Self::Registers { registers, limit }) => Self::Registers {
+                registers,
+                limit: limit.min(*a),
+            },
+            (Self::Registers { registers, limit }, Self::Position(b)) => Self::Registers {
+                registers: registers.clone(),
+                limit: b.min(*limit),
+            },
+            (Self::Exit | Self::Registers { .. }, other) => other,
         }
     }
 
@@ -200,5 +210,34 @@ impl<E: Environment + ?Sized> Environment for &mut E {
 
     fn boundary(&mut self, at: Boundary<'_>) -> Result<Directive, EnvironmentError> {
         (**self).boundary(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearer_bound_counts() {
+        let position = |at| Bound::Position(Position::at(at));
+        let registers = |limit| Bound::Registers {
+            registers: Box::default(),
+            limit: Position::at(limit),
+        };
+        let cases = [
+            (Bound::Exit, Bound::Exit, Bound::Exit),
+            (Bound::Exit, position(5), position(5)),
+            (position(5), Bound::Exit, position(5)),
+            (position(5), position(7), position(5)),
+            (position(7), position(5), position(5)),
+            (Bound::Completed, position(5), Bound::Completed),
+            (registers(9), Bound::Completed, Bound::Completed),
+            (position(5), registers(9), registers(5)),
+            (registers(9), position(12), registers(9)),
+            (Bound::Exit, registers(9), registers(9)),
+        ];
+        for (ours, theirs, nearer) in cases {
+            assert_eq!(ours.nearer(theirs.clone()), nearer, "{ours:?} {theirs:?}");
+        }
     }
 }

@@ -18,8 +18,11 @@ pub mod engine;
 pub mod environment;
 pub mod exit_counts;
 pub mod host_environment;
+pub mod live;
 pub mod memory;
 pub mod session;
+#[cfg(test)]
+mod tiny_engine;
 
 pub use board::{Board, BoardConfig, BoardState};
 pub use config::{BuildError, MachineConfig};

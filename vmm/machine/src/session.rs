@@ -178,7 +178,7 @@ impl<E: Environment + ?Sized> Session<E> {
     }
 
     /// One turn: ask what arrives, enter the guest, handle its exit. `bound` limits the run besides what the
-    /// environment asks: the nearer of the two counts, and the environment's where that cannot be told.
+    /// environment asks; see [`Bound::nearer`].
     pub fn turn(&mut self, bound: &Bound) -> Result<Turn, RunError> {
         if let Some(end) = self.progress.end {
             return Ok(Turn::Ended(end));
@@ -192,7 +192,7 @@ impl<E: Environment + ?Sized> Session<E> {
             // Entering now would run past the HLT on an engine that keeps no halted state.
             return Ok(Turn::Idle);
         }
-        let bound = bound.nearer(&wanted);
+        let bound = bound.nearer(wanted);
         let entry = self.entry();
         let entered = Instant::now();
         let exit = self.engine.run(vcpu, entry, bound.until())?;
@@ -306,3 +306,7 @@ pub fn handle<E: Environment + ?Sized>(
         _ => Answer::None,
     })
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

@@ -205,12 +205,13 @@ impl HostEnvironment {
         }
     }
 
-    /// What other threads sent. Ordered so that a stop comes last: what arrived before it is part of the run.
-    fn requested(&mut self, room: usize, arrivals: &mut Vec<Arrival>) {
+    /// What other threads sent. A stop comes last: what arrived before it is part of the run. It waits for an instruction in progress, so
+    /// that the machine ends in a state that can be looked at.
+    fn requested(&mut self, at: &Boundary<'_>, arrivals: &mut Vec<Arrival>) {
         let seen = self.attention.seen();
-        if seen & INPUT != 0 || (self.input_left && room > 0) {
+        if seen & INPUT != 0 || (self.input_left && at.input_room > 0) {
             self.attention.clear(INPUT);
-            let (bytes, left) = self.input.take(room);
+            let (bytes, left) = self.input.take(at.input_room);
             self.input_left = left;
             if !bytes.is_empty() {
                 arrivals.push(Arrival::Input {
@@ -219,7 +220,7 @@ impl HostEnvironment {
                 });
             }
         }
-        if seen & STOP != 0 {
+        if seen & STOP != 0 && !at.incomplete {
             arrivals.push(Arrival::Stop);
         }
     }
@@ -233,7 +234,7 @@ impl HostEnvironment {
                 arrivals.push(Arrival::Time { now });
             }
         }
-        self.requested(at.input_room, &mut arrivals);
+        self.requested(at, &mut arrivals);
         arrivals
     }
 
@@ -369,7 +370,11 @@ impl Environment for HostEnvironment {
             VirtualTime::Host(_) => self.arm(at.deadline),
             VirtualTime::Instructions(_) => {}
         }
-        let bound = self.bound(at.deadline, time_came);
+        let bound = if at.incomplete && self.attention.seen() & STOP != 0 {
+            Bound::Completed
+        } else {
+            self.bound(at.deadline, time_came)
+        };
         Ok(Directive { arrivals, bound })
     }
 }
