@@ -363,12 +363,15 @@ fn normalise(original: &Instruction) -> Result<Instruction, NoStub> {
     instruction.set_has_xrelease_prefix(false);
     instruction.set_has_rep_prefix(false);
     instruction.set_has_repne_prefix(false);
-    instruction.set_segment_prefix(Register::None);
-    instruction.set_memory_base(Register::None);
-    instruction.set_memory_index(Register::None);
-    instruction.set_memory_index_scale(1);
-    instruction.set_memory_displacement64(0);
-    instruction.set_memory_displ_size(0);
+    if operand_kinds(&instruction).any(|kind| kind == OpKind::Memory) {
+        // Only then: a 64-bit immediate is kept in the same place as the displacement.
+        instruction.set_segment_prefix(Register::None);
+        instruction.set_memory_base(Register::None);
+        instruction.set_memory_index(Register::None);
+        instruction.set_memory_index_scale(1);
+        instruction.set_memory_displacement64(0);
+        instruction.set_memory_displ_size(0);
+    }
     Ok(instruction)
 }
 
