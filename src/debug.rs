@@ -1,0 +1,38 @@
+//! `chronovisor debug`: a recording in the terminal UI.
+
+use crate::arguments::DebugArguments;
+use crate::failure::{Doing, Failure};
+use crate::replay_command::{go_to, open};
+use introspect::symbols::Symbols;
+use replay::timeline::Timeline;
+use std::io::Write;
+
+/// Runs the command.
+pub fn run(arguments: &DebugArguments, out: &mut dyn Write) -> Result<u8, Failure> {
+    let mut timeline = open(&arguments.file)?;
+    let symbols = symbols(arguments, &timeline)?;
+    go_to(&mut timeline, arguments.at)?;
+    if let Some((columns, rows)) = arguments.once {
+        let text = tui::render_text(&mut timeline, &symbols, columns, rows)?;
+        out.write_all(text.as_bytes())?;
+    } else {
+        tui::run(&mut timeline, &symbols, tui::Options::default())?;
+    }
+    Ok(0)
+}
+
+/// The symbols of the file named, else of the recorded kernel; none if that has none.
+fn symbols(arguments: &DebugArguments, timeline: &Timeline) -> Result<Symbols, Failure> {
+    if let Some(path) = &arguments.symbols {
+        let doing = || format!("cannot read symbols from {}", path.display());
+        let file = std::fs::read(path).doing(doing)?;
+        return Symbols::from_elf(&file).doing(doing);
+    }
+    let Some(kernel) = timeline.images().first() else {
+        return Ok(Symbols::default());
+    };
+    Ok(Symbols::from_elf(&kernel.bytes).unwrap_or_else(|error| {
+        eprintln!("chronovisor: no symbols in {}: {error}", kernel.name);
+        Symbols::default()
+    }))
+}
