@@ -7,6 +7,7 @@
 //! that a replay can be compared. An environment never touches guest memory or CPU state; it may look.
 //! Elsewhere: the loop that calls it ([`crate::session`]); recorder and replayer (`replay`).
 
+use crate::board::Board;
 use crate::engine::{Engine, EngineError, Until};
 use crate::memory::GuestMemory;
 use serde::{Deserialize, Serialize};
@@ -73,6 +74,8 @@ pub struct Boundary<'a> {
     pub engine: &'a mut dyn Engine,
     /// To look at memory.
     pub memory: &'a GuestMemory,
+    /// To look at the devices.
+    pub board: &'a Board,
 }
 
 /// How far the loop may run now.

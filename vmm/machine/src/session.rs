@@ -222,6 +222,7 @@ impl<E: Environment + ?Sized> Session<E> {
             input_room: self.board.input_room(),
             engine: self.engine.as_mut(),
             memory: &self.memory,
+            board: &self.board,
         })?;
         for arrival in &directive.arrivals {
             match arrival {
