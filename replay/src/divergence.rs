@@ -263,7 +263,7 @@ pub struct StateDifference {
     pub pages_differing: u64,
     /// Memory as a whole (known at the end only).
     pub memory: bool,
-    /// The devices (known at the end only).
+    /// The devices.
     pub board: bool,
     /// The sequence of exits.
     pub exits: bool,
@@ -275,6 +275,15 @@ impl StateDifference {
     /// Whether nothing differs.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// Whether all that differs is what no digest on the way compares, so that it may have differed since the start.
+    pub(crate) fn only_at_end(&self) -> bool {
+        let on_the_way = Self {
+            memory: false,
+            ..self.clone()
+        };
+        on_the_way.is_empty()
     }
 
     /// Notes the pages of which `now` says that they differ.

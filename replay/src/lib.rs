@@ -12,4 +12,5 @@ pub mod divergence;
 mod finish;
 pub mod recorder;
 pub mod replayer;
+pub mod timeline;
 pub mod trace;

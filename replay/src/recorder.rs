@@ -11,7 +11,9 @@
 //!
 //! Elsewhere: the file ([`crate::trace`]), reading it back ([`crate::replayer`]).
 
-use crate::digest::{ConsoleDigest, CpuDigest, Digest, ExitDigest, canonical_registers};
+use crate::digest::{
+    ConsoleDigest, CpuDigest, Digest, ExitDigest, board_digest, canonical_registers,
+};
 use crate::finish::FinalState;
 use crate::trace::{
     DigestRecord, EndRecord, HostCpu, Landmark, MachineRecord, Moment, PageDigest, Record, Totals,
@@ -22,9 +24,9 @@ use machine::environment::{
     Arrival, Bound, Boundary, Channel, Directive, Environment, EnvironmentError, SyncOrdinal,
 };
 use machine::session::Session;
-use machine::{BoardConfig, GuestMemory, PageSet};
+use machine::{GuestMemory, MachineConfig, PageSet};
 use std::time::{Duration, Instant};
-use x86::{CpuModel, Exit, Nanos, Position, VcpuId};
+use x86::{Exit, Nanos, Position, VcpuId};
 
 /// How often things are written.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -74,22 +76,23 @@ impl From<WriteTraceError> for EnvironmentError {
 }
 
 impl MachineRecord {
-    /// The description of a machine that is recorded here and now.
-    pub fn here(
-        engine: EngineKind,
-        memory: u64,
-        cpu: CpuModel,
-        board: BoardConfig,
-        cmdline: String,
-    ) -> Self {
+    /// The description of a machine that is recorded here and now on `engine`.
+    pub fn of(config: &MachineConfig, engine: EngineKind) -> Self {
+        let MachineConfig {
+            memory,
+            cpu_model,
+            board,
+            kernel: _,
+            cmdline,
+        } = config;
         Self {
             chronovisor: env!("CARGO_PKG_VERSION").to_owned(),
             engine,
             host: HostCpu::detect(),
-            memory,
-            cpu,
-            board,
-            cmdline,
+            memory: *memory,
+            cpu: *cpu_model,
+            board: board.clone(),
+            cmdline: cmdline.clone(),
             images: 0,
         }
     }
@@ -107,6 +110,8 @@ pub struct Recorder<E> {
     windows: u64,
     /// Pages written since the last digest, as far as they were asked for.
     dirty: PageSet,
+    /// The start has been digested.
+    begun: bool,
     /// A digest waits for the instruction in progress.
     digest_wanted: bool,
     /// A stop waits for it.
@@ -138,6 +143,7 @@ impl<E: Environment> Recorder<E> {
             console: ConsoleDigest::default(),
             windows: 0,
             dirty: PageSet::new(),
+            begun: false,
             digest_wanted: false,
             stopping: false,
             last_digest: DigestTaken {
@@ -192,6 +198,7 @@ impl<E: Environment> Recorder<E> {
             registers: canonical_registers(&cpu.regs),
             cpu: CpuDigest::of(&cpu),
             pages: page_digests(at.memory, &std::mem::take(&mut self.dirty)),
+            board: board_digest(at.board),
             exits: self.exits.digest(),
             console: self.console.digest(),
         };
@@ -339,7 +346,9 @@ impl<E: Environment> Environment for Recorder<E> {
     fn boundary(&mut self, mut at: Boundary<'_>) -> Result<Directive, EnvironmentError> {
         let now = Instant::now();
         let sync = at.cause.is_some_and(Exit::is_sync_point);
-        if self.digest_wanted || (sync && self.digest_due(now)) {
+        // The start, too: a replay must begin with the same machine.
+        let start = !std::mem::replace(&mut self.begun, true);
+        if start || self.digest_wanted || (sync && self.digest_due(now)) {
             self.digest_wanted = at.incomplete;
             if !at.incomplete {
                 self.digest(&mut at, now)?;

@@ -144,6 +144,7 @@ fn records(count: u64) -> Vec<Record> {
             registers: registers(i),
             cpu: CpuDigest::of(&CpuState::default()),
             pages: pages(i % 5),
+            board: Digest(3),
             exits: Digest(1),
             console: Digest(2),
         };

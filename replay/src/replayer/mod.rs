@@ -10,7 +10,7 @@
 
 mod search;
 
-use crate::digest::{ConsoleDigest, CpuDigest, Digest, ExitDigest, canonical_registers};
+use crate::digest::{ConsoleDigest, CpuDigest, Digest, ExitDigest, board_digest, canonical_registers};
 use crate::divergence::{
     Difference, Divergence, LandmarkMiss, Mark, StateDifference, register_differences,
 };
@@ -84,7 +84,7 @@ impl Replayer {
     }
 
     /// All output so far.
-    pub fn output(&self) -> &[u8] {
+    pub fn console(&self) -> &[u8] {
         self.output.get(..self.at.output).unwrap_or_default()
     }
 
@@ -132,8 +132,8 @@ impl Replayer {
         self.placed.drain(..)
     }
 
-    /// Output of a machine that has left the log.
-    pub(crate) fn append_output(&mut self, bytes: &[u8]) {
+    fn append(&mut self, bytes: &[u8]) {
+        // Having gone back, what follows here is written again.
         self.output.truncate(self.at.output);
         self.output.extend_from_slice(bytes);
         self.at.output = self.output.len();
@@ -184,6 +184,9 @@ impl Replayer {
             _ => difference.cpu = vec!["instructions in progress"],
         }
         if !difference.is_empty() {
+            if difference.only_at_end() {
+                self.at.since = Mark::default();
+            }
             return Err(self.diverged(here, Difference::State(Box::new(difference))));
         }
         self.at.verified += 1;
@@ -298,6 +301,10 @@ impl Replayer {
                     ..
                 } => seek_position(at, *position, self.limit)?,
                 Record::Digest { digest, .. } => {
+                    // What has arrived here must have reached the devices first: a run of no length.
+                    if let Some(position) = at.engine.position().filter(|_| !arrivals.is_empty()) {
+                        return Ok(Bound::Position(position));
+                    }
                     let difference = compare(digest, at, &self.at)?;
                     let here = Mark {
                         after: at.ordinal,
@@ -467,6 +474,7 @@ fn compare(
         positions: differing_positions(recorded.position, at.engine.position()),
         registers: register_differences(&recorded.registers, &canonical_registers(&cpu.regs)),
         cpu: differing_parts(&recorded.cpu, &CpuDigest::of(&cpu)),
+        board: recorded.board != board_digest(at.board),
         exits: recorded.exits != cursor.exits.digest(),
         console: recorded.console != cursor.console.digest(),
         ..StateDifference::default()
@@ -547,7 +555,7 @@ impl Environment for Replayer {
 
     fn output(&mut self, channel: Channel, bytes: &[u8]) -> Result<(), EnvironmentError> {
         self.at.console.add(channel, bytes);
-        self.append_output(bytes);
+        self.append(bytes);
         Ok(())
     }
 

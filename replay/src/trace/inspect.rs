@@ -228,6 +228,7 @@ pub struct DumpDigest {
     pub registers: DumpRegisters,
     pub cpu: crate::digest::CpuDigest,
     pub pages: Vec<DumpPage>,
+    pub board: Digest,
     pub exits: Digest,
     pub console: Digest,
 }
@@ -275,6 +276,7 @@ fn dump_kind(record: &Record) -> DumpKind {
                 registers,
                 cpu,
                 pages,
+                board,
                 exits,
                 console,
             } = &**digest;
@@ -283,6 +285,7 @@ fn dump_kind(record: &Record) -> DumpKind {
                 registers: DumpRegisters(registers.clone()),
                 cpu: *cpu,
                 pages: dump_pages(pages),
+                board: *board,
                 exits: *exits,
                 console: *console,
             }))

@@ -206,6 +206,8 @@ pub struct DigestRecord {
     pub cpu: CpuDigest,
     /// At least the pages written since the last digest, with what they hold now; in ascending order.
     pub pages: Vec<PageDigest>,
+    /// The devices ([`crate::digest::board_digest`]).
+    pub board: Digest,
     /// All sync points so far ([`crate::digest::ExitDigest`]).
     pub exits: Digest,
     /// All output so far ([`crate::digest::ConsoleDigest`]).
