@@ -24,7 +24,7 @@ pub(super) fn title(app: &App<'_>, machine: &dyn Debuggable, width: u16) -> Para
         machine.engine().name()
     );
     let mut parts = vec![match machine.position() {
-        Some(position) => format!("at {}", position_text(position)),
+        Some(position) => format!("position {}", position_text(position)),
         None => "position not counted".to_owned(),
     }];
     if machine.branched() {

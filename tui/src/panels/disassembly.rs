@@ -10,7 +10,7 @@ use ratatui::style::Style;
 use ratatui::text::{Line, Span};
 
 /// The function the cursor is in, for the frame's heading.
-pub(super) fn place(app: &App<'_>) -> Option<String> {
+pub(super) fn function(app: &App<'_>) -> Option<String> {
     app.symbols
         .lookup(app.listing.cursor())
         .map(|location| location.symbol.name)

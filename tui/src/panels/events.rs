@@ -13,6 +13,7 @@ use machine::environment::{Arrival, Channel};
 use ratatui::style::Style;
 use ratatui::text::{Line, Span};
 use std::ops::Range;
+use x86::Position;
 
 /// Input longer than this is cut, in bytes.
 const LONGEST_INPUT: usize = 60;
@@ -110,9 +111,8 @@ impl Columns {
     fn of(machine: &dyn Debuggable, width: usize) -> Self {
         let last = machine.events().last();
         let index = last.map_or(1, |event| event.index.to_string().len());
-        let position = machine
-            .position()
-            .map_or(1, |position| position_text(position).len());
+        let width_of = |at: Option<Position>| at.map_or(1, |at| position_text(at).len());
+        let position = width_of(machine.position()).max(width_of(last.and_then(|e| e.position)));
         let sync = last.map_or(1, |event| 6 + grouped(event.after.0).len());
         // A time takes 16 columns; input may take more and be cut.
         let both = 1 + index + 1 + position + 2 + sync + 2 + 16 <= width;

@@ -10,8 +10,10 @@ use ratatui::text::{Line, Span};
 /// Every line of the panel: a heading, one line per reason and site, the total.
 pub(super) fn lines(app: &App<'_>, width: usize) -> Vec<Line<'static>> {
     let report = &app.view.exits;
-    // Times come in where a name keeps 24 columns.
+    // Times come in where a name keeps 24 columns; a replay measures none.
+    let measured = report.total.guest_ns != 0 || report.total.monitor_ns != 0;
     let times = match width {
+        _ if !measured => 0,
         0..56 => 0,
         56..78 => 1,
         _ => 3,

@@ -86,6 +86,10 @@ fn draw_place(frame: &mut Frame<'_>, app: &App<'_>, machine: &dyn Debuggable, pl
         .border_set(app.theme.border())
         .border_style(style_of(app, panel))
         .title(heading(app, place));
+    if let (Panel::Disassembly, Some(function)) = (panel, disassembly::function(app)) {
+        let function = Line::styled(format!(" {function} "), style_of(app, panel));
+        block = block.title(function.alignment(Alignment::Right));
+    }
     if total > height && height > 0 {
         let more = format!(" {} ", extent(&range, total));
         block = block.title_bottom(Line::from(more).alignment(Alignment::Right));
@@ -109,10 +113,6 @@ fn style_of(app: &App<'_>, panel: Panel) -> ratatui::style::Style {
 fn heading(app: &App<'_>, place: &Place) -> Line<'static> {
     let style = style_of(app, place.shown);
     let mut spans = vec![Span::styled(" ", style)];
-    let extra = match place.shown {
-        Panel::Disassembly => disassembly::place(app),
-        _ => None,
-    };
     for panel in &place.tabs {
         if place.tabs.len() == 1 {
             spans.push(Span::styled(panel.name(), style));
@@ -122,9 +122,6 @@ fn heading(app: &App<'_>, place: &Place) -> Line<'static> {
             spans.push(Span::styled(panel.name(), app.theme.unfocused()));
         }
         spans.push(Span::styled(" ", style));
-    }
-    if let Some(extra) = extra {
-        spans.push(Span::styled(format!("{extra} "), style));
     }
     Line::from(spans)
 }
