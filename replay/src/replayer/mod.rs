@@ -10,7 +10,9 @@
 
 mod search;
 
-use crate::digest::{ConsoleDigest, CpuDigest, Digest, ExitDigest, board_digest, canonical_registers};
+use crate::digest::{
+    ConsoleDigest, CpuDigest, Digest, ExitDigest, board_digest, canonical_registers,
+};
 use crate::divergence::{
     Difference, Divergence, LandmarkMiss, Mark, StateDifference, register_differences,
 };

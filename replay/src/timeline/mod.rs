@@ -226,6 +226,12 @@ impl Timeline {
         (self.session.progress().ordinal.0, total)
     }
 
+    /// Takes snapshots this many instructions apart from now on: the most that going back costs, paid for by memory and by copying dirty
+    /// pages on the way.
+    pub fn set_snapshot_spacing(&mut self, instructions: u64) {
+        self.snapshots.spacing = instructions;
+    }
+
     /// Runs to the end, verifying everything on the way.
     pub fn run_to_end(&mut self) -> Result<Report, DebugError> {
         self.prepare()?;

@@ -17,7 +17,7 @@ use x86::{CpuState, PAGE_SIZE, PageFrame, Position, VcpuId};
 
 /// The most snapshots kept.
 const MOST: usize = 64;
-/// Instructions between two of them, at least.
+/// Instructions between two of them, unless told otherwise.
 const SPACING: u64 = 4 << 20;
 
 type Page = Box<[u8; PAGE_SIZE as usize]>;
@@ -33,11 +33,22 @@ struct Snapshot {
 }
 
 /// All snapshots, by ascending position.
-#[derive(Default)]
 pub(super) struct Snapshots {
     list: Vec<Snapshot>,
+    /// Instructions between two of them, at least.
+    pub(super) spacing: u64,
     /// Every page that was ever reported dirty.
     touched: PageSet,
+}
+
+impl Default for Snapshots {
+    fn default() -> Self {
+        Self {
+            list: Vec::new(),
+            spacing: SPACING,
+            touched: PageSet::new(),
+        }
+    }
 }
 
 impl Snapshots {
@@ -58,7 +69,7 @@ impl Snapshots {
             .last()
             .map_or(Position::START, |snapshot| snapshot.position);
         // A long way has its snapshots further apart from the start on, instead of losing most again.
-        let spacing = SPACING.max(last.retired.get() / MOST as u64);
+        let spacing = self.spacing.max(last.retired.get() / MOST as u64);
         Position {
             retired: last.retired.saturating_add(spacing),
             within: 0,

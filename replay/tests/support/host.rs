@@ -13,6 +13,8 @@ pub struct Capricious {
     pub stop_at: u64,
     /// On an engine that counts: interrupts it by position, since nobody kicks it.
     pub slices: bool,
+    /// Input comes at one boundary in so many.
+    pub input_every: u64,
     pub output: Vec<u8>,
 }
 
@@ -24,6 +26,7 @@ impl Capricious {
             now: 0,
             stop_at,
             slices: false,
+            input_every: 16,
             output: Vec::new(),
         }
     }
@@ -86,7 +89,7 @@ impl Environment for Capricious {
         if at.deadline.is_some_and(|deadline| deadline <= now) {
             arrivals.push(Arrival::Time { now });
         }
-        if self.random() % 16 == 0 && at.input_room > 8 {
+        if self.random() % self.input_every == 0 && at.input_room > 8 {
             let bytes = vec![self.random() as u8; (self.random() % 3 + 1) as usize];
             arrivals.push(Arrival::Input {
                 channel: Channel::Com1,
