@@ -242,11 +242,7 @@ fn event_text(event: &EventView) -> String {
         Some(position) => format!("at {position}"),
         None => "not reached yet".to_owned(),
     };
-    let how = if event.landmark {
-        "landmark after"
-    } else {
-        "at"
-    };
+    let how = if event.landmark { "after" } else { "at" };
     let what = match &event.arrival {
         Arrival::Time { now } => format!("time is {now}"),
         Arrival::Input { channel, bytes } => {

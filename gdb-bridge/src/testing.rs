@@ -11,6 +11,7 @@ use machine::environment::{Arrival, SyncOrdinal};
 use machine::exit_counts::ExitCounts;
 use machine::memory::GuestMemory;
 use std::collections::BTreeSet;
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 use x86::regs::{Cr0, Cr4, Efer};
 use x86::segment::SegmentAttributes;
@@ -32,11 +33,11 @@ const SLICE: usize = 1000;
 
 /// A fake machine.
 pub(crate) struct FakeMachine {
-    pub cpu: CpuState,
-    pub memory: GuestMemory,
-    pub breakpoints: BTreeSet<GuestVirtAddr>,
+    pub(crate) cpu: CpuState,
+    pub(crate) memory: GuestMemory,
+    pub(crate) breakpoints: BTreeSet<GuestVirtAddr>,
     /// How often the set of breakpoints was replaced.
-    pub breakpoint_changes: usize,
+    pub(crate) breakpoint_changes: usize,
     /// States before each instruction, if there is a past.
     past: Option<Vec<CpuState>>,
     end: Option<End>,
@@ -45,7 +46,9 @@ pub(crate) struct FakeMachine {
     exits: ExitCounts,
     events: Vec<EventView>,
     /// The next resume fails with this.
-    pub fail: Option<String>,
+    pub(crate) fail: Option<String>,
+    /// Told when a slice is over.
+    pub(crate) slices: Option<Sender<()>>,
 }
 
 impl FakeMachine {
@@ -84,6 +87,7 @@ impl FakeMachine {
             exits,
             events: Vec::new(),
             fail: None,
+            slices: None,
         }
     }
 
@@ -223,7 +227,13 @@ impl Debuggable for FakeMachine {
         match (how, self.end) {
             (_, Some(end)) => Ok(Stop::Ended(end)),
             (Resume::Step(_), None) => Ok(Stop::Stepped),
-            (Resume::Continue, None) => Ok(Stop::Slice),
+            (Resume::Continue, None) => {
+                if let Some(slices) = &self.slices {
+                    // A test that has heard enough no longer listens.
+                    let _ = slices.send(());
+                }
+                Ok(Stop::Slice)
+            }
         }
     }
 

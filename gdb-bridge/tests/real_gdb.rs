@@ -8,6 +8,8 @@ mod testing;
 use gdb_bridge::{Mode, Notice, Outcome};
 use harness::{Served, expect_in_order, gdb, have_gdb};
 use machine::End;
+use std::io::Write;
+use std::process::{Command, Stdio};
 use testing::{CODE, FakeMachine};
 
 /// NOP, INC RAX, NOP, INC RAX, OUT: ends with debug exit 2.
@@ -199,10 +201,42 @@ fn gdb_attaches_over_a_unix_socket() {
     }
     let folder = tempfile::tempdir().expect("a folder");
     let address = gdb_bridge::Address::Unix(folder.path().join("guest.sock"));
-    let served = Served::made(&address, Mode::Live, || FakeMachine::new(PROGRAM));
+    let served = Served::made(&address, Mode::Live, || FakeMachine::new(PROGRAM), drop);
     let said = served.gdb(&["stepi", "p/x $rip", "kill"]);
     expect_in_order(&said, &["$1 = 0xffffffff80000001"]);
     served.ended();
+}
+
+#[test]
+fn ctrl_c_in_gdb_stops_a_running_machine() {
+    if !have_gdb("ctrl_c_in_gdb_stops_a_running_machine") {
+        return;
+    }
+    let (sender, slices) = std::sync::mpsc::channel();
+    let mut machine = FakeMachine::new(FOREVER);
+    machine.slices = Some(sender);
+    let served = Served::new(machine, Mode::Live);
+    let mut gdb = Command::new("gdb")
+        .args(["-nx", "-q", "-ex", "set confirm off"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("gdb runs");
+    let mut stdin = gdb.stdin.take().expect("a pipe");
+    writeln!(stdin, "target remote {}\ncontinue", served.address).expect("sent");
+    slices.recv().expect("it runs");
+    let interrupt = Command::new("kill")
+        .args(["-INT", &gdb.id().to_string()])
+        .status();
+    assert!(interrupt.expect("kill runs").success());
+    writeln!(stdin, "print $rip\nkill\nquit").expect("sent");
+    let said = gdb.wait_with_output().expect("gdb ends").stdout;
+    expect_in_order(
+        &String::from_utf8_lossy(&said),
+        &["SIGINT", "0xffffffff80000000"],
+    );
+    assert_eq!(served.ended().0, Outcome::Killed);
 }
 
 #[test]

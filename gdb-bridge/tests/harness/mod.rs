@@ -11,32 +11,31 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-/// A machine being served.
-pub(crate) struct Served<M> {
+/// A machine being served; `R` is what is kept of it.
+pub(crate) struct Served<R> {
     pub(crate) address: Address,
     /// What the server notified, as it happens.
     pub(crate) notices: mpsc::Receiver<Notice>,
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<(Result<Outcome, ServeError>, M)>,
+    thread: JoinHandle<(Result<Outcome, ServeError>, R)>,
 }
 
 impl<M: Debuggable + Send + 'static> Served<M> {
     /// Serves `machine` on a port of 127.0.0.1 that the system chooses.
     pub(crate) fn new(machine: M, mode: Mode) -> Self {
-        Self::made(&":0".parse().expect("an address"), mode, move || machine)
+        let address = ":0".parse().expect("an address");
+        Self::made(&address, mode, move || machine, |machine| machine)
     }
 }
 
-impl<M: Debuggable + 'static> Served<M> {
-    /// Serves what `make` makes (on the server's thread) at `address`. The thread's result is the machine only if it can travel.
-    pub(crate) fn made(
+impl<R: Send + 'static> Served<R> {
+    /// Serves what `make` makes, on the server's thread, at `address`; `keep` takes what is of interest afterwards.
+    pub(crate) fn made<M: Debuggable>(
         address: &Address,
         mode: Mode,
         make: impl FnOnce() -> M + Send + 'static,
-    ) -> Served<M>
-    where
-        M: Send,
-    {
+        keep: impl FnOnce(M) -> R + Send + 'static,
+    ) -> Self {
         let listener = Listener::bind(address, false).expect("bound");
         let address = listener.address().clone();
         let (sender, notices) = mpsc::channel();
@@ -54,7 +53,7 @@ impl<M: Debuggable + 'static> Served<M> {
                 notify: &mut notify,
             };
             let outcome = serve(&mut machine, listener, options);
-            (outcome, machine)
+            (outcome, keep(machine))
         });
         Served {
             address,
@@ -65,13 +64,13 @@ impl<M: Debuggable + 'static> Served<M> {
     }
 
     /// Waits until serving has ended by itself.
-    pub(crate) fn ended(self) -> (Outcome, M) {
-        let (outcome, machine) = self.thread.join().expect("the server did not panic");
-        (outcome.expect("served"), machine)
+    pub(crate) fn ended(self) -> (Outcome, R) {
+        let (outcome, kept) = self.thread.join().expect("the server did not panic");
+        (outcome.expect("served"), kept)
     }
 
     /// Ends serving.
-    pub(crate) fn stop(self) -> (Outcome, M) {
+    pub(crate) fn stop(self) -> (Outcome, R) {
         self.stop.store(true, Ordering::Relaxed);
         self.ended()
     }
