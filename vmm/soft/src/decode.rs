@@ -83,7 +83,7 @@ fn set_plain(op: &mut Op, stub: Stub, traits: Traits) {
         Mnemonic::Div => Special::Divide,
         Mnemonic::Idiv => Special::DivideSigned,
         _ => match generate::bit_offset(instruction) {
-            Some((register, _)) => {
+            Some(register) => {
                 op.size = register.size() as u8;
                 Special::BitOffset(register.full_register().number() as u8)
             }

@@ -22,6 +22,8 @@ mod control;
 mod decode;
 mod delivery;
 mod descriptor;
+#[cfg(test)]
+mod differential;
 mod dispatch;
 mod engine;
 mod far;

@@ -95,6 +95,7 @@ impl Guest<'_> {
         let mut offset = self.offset(op);
         if let Special::BitOffset(register) = op.special {
             offset = offset.wrapping_add(self.bit_distance(op, register)) & op.address.mask;
+            self.frame.bit = self.gpr(register) & (8 * u64::from(op.size) - 1);
         }
         let len = usize::from(op.traits.memory_len);
         let write = kind == AccessKind::Write;

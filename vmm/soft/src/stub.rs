@@ -10,7 +10,7 @@
 //!   the stack pointer, no control transfer, no privileged or system instruction;
 //! - register values of the guest never take part in an address: the registers that hold the pointers are ones the instruction
 //!   does not name, and a bit offset that a memory operand would add to its address (BT and relatives) is masked to the operand
-//!   before;
+//!   before ([`Frame::bit`]);
 //! - the memory holding stubs is never writable through the address it is executed at ([`memory`]).
 //!
 //! Why the host never faults in one: divisions are checked before ([`crate::plain`]), SSE runs with exceptions masked,
@@ -39,6 +39,8 @@ pub(crate) struct Frame {
     pub(crate) scratch: [u8; SCRATCH],
     /// x87 and MMX state around the instruction, as FXSAVE64 has it.
     pub(crate) image: [u8; 512],
+    /// A bit offset, masked to the operand, for BT and its relatives in memory.
+    pub(crate) bit: u64,
     /// MXCSR to run with, and after the instruction.
     pub(crate) mxcsr: u32,
     /// Where the stub keeps the host's.
@@ -50,6 +52,7 @@ impl Default for Frame {
         Self {
             scratch: [0; SCRATCH],
             image: [0; 512],
+            bit: 0,
             mxcsr: 0x1f80,
             host_mxcsr: 0x1f80,
         }

@@ -102,6 +102,8 @@ struct Usage {
     xmms_written: u16,
     high_byte: bool,
     mmx: bool,
+    /// The register that holds a bit offset into memory; it comes masked from [`Frame::bit`].
+    bit_offset: Option<u32>,
 }
 
 /// The host registers a stub uses for itself.
@@ -134,7 +136,8 @@ impl Factory {
             traits.memory = MemoryUse::ReadWrite;
         }
         traits.mxcsr = uses_mxcsr(instruction.mnemonic());
-        traits.writes_flags = instruction.rflags_modified() & STATUS != 0;
+        traits.writes_flags =
+            instruction.rflags_modified() & STATUS != 0 || is_shift(instruction.mnemonic());
         let assigned = assign(&usage)?;
         if memory_operand {
             instruction.set_memory_base(gpr(assigned.frame));
@@ -181,7 +184,10 @@ impl Factory {
     }
 
     fn usage(&mut self, instruction: &Instruction) -> Result<Usage, NoStub> {
-        let mut usage = Usage::default();
+        let mut usage = Usage {
+            bit_offset: bit_offset(instruction).map(|r| r.full_register().number() as u32),
+            ..Usage::default()
+        };
         for used in self.info.info(instruction).used_registers() {
             let register = used.register();
             let written = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead);
@@ -271,13 +277,6 @@ impl Factory {
             emit.copy(gpr(assigned.registers), gpr(RSI));
         }
         let registers = gpr(assigned.registers);
-        let bit_offset = bit_offset(instruction);
-        if let Some((register, mask)) = bit_offset {
-            let from = at(registers, gpr_at(register.full_register().number() as u32));
-            let register = operand_register(register, assigned).full_register32();
-            emit.load(Code::Mov_r32_rm32, register, from);
-            emit.immediate(Code::And_rm32_imm32, register, mask);
-        }
         if loads_flags(instruction) {
             // OF comes from adding 80h to a byte whose top bit is the guest's OF, the others by SAHF.
             let flags = at(registers, offset_of!(Registers, rflags));
@@ -287,10 +286,14 @@ impl Factory {
             emit.immediate(Code::Add_AL_imm8, Register::AL, 0x80);
             emit.bare(Code::Sahf);
         }
-        let masked = bit_offset.map(|(register, _)| register.full_register().number() as u32);
-        for n in bits(usage.gprs).filter(|&n| Some(n) != masked) {
+        for n in bits(usage.gprs) {
             let to = if n == RSP { assigned.stack } else { n };
-            emit.load(Code::Mov_r64_rm64, gpr(to), at(registers, gpr_at(n)));
+            let from = if usage.bit_offset == Some(n) {
+                at(gpr(assigned.frame), offset_of!(Frame, bit))
+            } else {
+                at(registers, gpr_at(n))
+            };
+            emit.load(Code::Mov_r64_rm64, gpr(to), from);
         }
     }
 
@@ -475,16 +478,15 @@ fn rename_stack_pointer(instruction: &mut Instruction, stack: u32) {
     }
 }
 
-/// A bit offset in a register that selects memory beyond the operand, and the mask that keeps it inside.
-pub(crate) fn bit_offset(instruction: &Instruction) -> Option<(Register, u32)> {
+/// A register with a bit offset that may select memory beyond the operand.
+pub(crate) fn bit_offset(instruction: &Instruction) -> Option<Register> {
     let tests = matches!(
         instruction.mnemonic(),
         Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
     );
     let in_memory = instruction.op0_kind() == OpKind::Memory;
     if tests && in_memory && instruction.op1_kind() == OpKind::Register {
-        let register = instruction.op1_register();
-        Some((register, 8 * register.size() as u32 - 1))
+        Some(instruction.op1_register())
     } else {
         None
     }
@@ -495,8 +497,15 @@ fn loads_flags(instruction: &Instruction) -> bool {
     let modified = instruction.rflags_modified() & STATUS;
     let defined =
         instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set();
-    let by_count = matches!(
-        instruction.mnemonic(),
+    instruction.rflags_read() & STATUS != 0
+        || is_shift(instruction.mnemonic())
+        || modified != 0 && defined & STATUS != STATUS
+}
+
+/// Shifts and rotates: which flags they write, if any, depends on the count.
+fn is_shift(mnemonic: Mnemonic) -> bool {
+    matches!(
+        mnemonic,
         Mnemonic::Shl
             | Mnemonic::Sal
             | Mnemonic::Shr
@@ -507,10 +516,7 @@ fn loads_flags(instruction: &Instruction) -> bool {
             | Mnemonic::Rcr
             | Mnemonic::Shld
             | Mnemonic::Shrd
-    );
-    instruction.rflags_read() & STATUS != 0
-        || by_count
-        || modified != 0 && defined & STATUS != STATUS
+    )
 }
 
 /// Whether MXCSR's rounding and exception bits have a part in it.

@@ -1,0 +1,500 @@
+//! Plain instructions against the host CPU.
+//!
+//! What is checked: random instructions on random registers, flags, memory, x87 and SSE state, once by [`crate::Stepper`] and
+//! once natively in this process, must leave the same state: every register, every flag (the undefined ones too), every byte.
+//! The guest's data lies at the same linear address as the host's copy of it, in scattered physical pages.
+//!
+//! The native side is one page of code below 2 GiB that loads everything from a structure beside it, RSP last, executes
+//! the instruction and stores everything back.
+#![allow(unsafe_code)] // Maps memory and jumps into code assembled here.
+#![allow(clippy::undocumented_unsafe_blocks)] // Test code; the module documentation says what it does.
+
+use crate::decode::{Decoded, decode};
+use crate::op::{Kind, Op, Special};
+use crate::stub::{MemoryUse, Stubs};
+use crate::{Pending, Step, Stepper};
+use iced_x86::code_asm::*;
+use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpKind, Register};
+use machine::GuestMemory;
+use std::collections::BTreeMap;
+use x86::regs::{Cr0, Cr4, Efer, rflags};
+use x86::{CpuModel, CpuState, FpuState, GuestPhysAddr, Segment, SegmentRegister, Vector};
+
+/// Where the data is, for guest and host.
+const DATA: u64 = 0x10_0000_0000;
+const DATA_PAGES: u64 = 4;
+const DATA_LEN: usize = 4 * 4096;
+/// Guest-linear and guest-physical address of the code.
+const CODE: u64 = 0x5000;
+/// Guest-physical pages of the data, in linear order.
+const FRAMES: [u64; 4] = [0x2_3000, 0x2_1000, 0x2_7000, 0x2_2000];
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        (self.next() >> 33) % n
+    }
+
+    /// Values that instructions treat specially more often than chance has them.
+    fn value(&mut self) -> u64 {
+        match self.below(8) {
+            0 => self.below(4),
+            1 => u64::MAX.wrapping_sub(self.below(4)),
+            2 => 1 << self.below(64),
+            3 => (1 << self.below(64)) - 1,
+            4 => self.next() as u32 as u64,
+            5 => self.next() as i8 as i64 as u64,
+            _ => self.next(),
+        }
+    }
+}
+
+/// What the native side loads and stores.
+#[repr(C, align(64))]
+#[derive(Clone)]
+struct Native {
+    fx: [u8; 512],
+    gpr: [u64; 16],
+    rflags: u64,
+    host_rsp: u64,
+    host_fx: [u8; 512],
+}
+
+struct Host {
+    page: *mut u8,
+    data: *mut u8,
+}
+
+const CODE_ROOM: usize = 4096;
+
+fn low_pages(len: usize) -> *mut u8 {
+    unsafe {
+        let at = libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT,
+            -1,
+            0,
+        );
+        assert_ne!(at, libc::MAP_FAILED);
+        at.cast()
+    }
+}
+
+impl Host {
+    fn new() -> Self {
+        let page = low_pages(CODE_ROOM + 4096);
+        let data = unsafe {
+            libc::mmap(
+                DATA as *mut _,
+                DATA_LEN,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
+                -1,
+                0,
+            )
+        };
+        assert_eq!(data as u64, DATA, "the data's address is free");
+        Self {
+            page,
+            data: data.cast(),
+        }
+    }
+
+    fn native(&self) -> *mut Native {
+        unsafe { self.page.add(CODE_ROOM).cast() }
+    }
+
+    /// Executes `bytes` natively on the state.
+    fn run(&self, bytes: &[u8], state: &mut Native, data: &mut [u8]) {
+        let base = self.native() as u64;
+        let at = |offset: usize| ptr(base + offset as u64);
+        let gpr_at = |n: usize| at(std::mem::offset_of!(Native, gpr) + 8 * n);
+        let gprs = [
+            rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15,
+        ];
+        let mut a = CodeAssembler::new(64).expect("assembler");
+        let saved = [rbx, rbp, r12, r13, r14, r15];
+        for register in saved {
+            a.push(register).unwrap();
+        }
+        a.mov(
+            qword_ptr(base + std::mem::offset_of!(Native, host_rsp) as u64),
+            rsp,
+        )
+        .unwrap();
+        a.fxsave64(at(std::mem::offset_of!(Native, host_fx)))
+            .unwrap();
+        a.fxrstor64(at(std::mem::offset_of!(Native, fx))).unwrap();
+        a.push(qword_ptr(
+            base + std::mem::offset_of!(Native, rflags) as u64,
+        ))
+        .unwrap();
+        a.popfq().unwrap();
+        for (n, register) in gprs.into_iter().enumerate() {
+            a.mov(register, gpr_at(n)).unwrap();
+        }
+        a.db(bytes).unwrap();
+        for (n, register) in gprs.into_iter().enumerate() {
+            a.mov(gpr_at(n), register).unwrap();
+        }
+        a.mov(
+            rsp,
+            qword_ptr(base + std::mem::offset_of!(Native, host_rsp) as u64),
+        )
+        .unwrap();
+        a.pushfq().unwrap();
+        a.pop(qword_ptr(
+            base + std::mem::offset_of!(Native, rflags) as u64,
+        ))
+        .unwrap();
+        a.fxsave64(at(std::mem::offset_of!(Native, fx))).unwrap();
+        a.fxrstor64(at(std::mem::offset_of!(Native, host_fx)))
+            .unwrap();
+        for register in saved.into_iter().rev() {
+            a.pop(register).unwrap();
+        }
+        a.cld().unwrap();
+        a.ret().unwrap();
+        let code = a.assemble(self.page as u64).expect("assembles");
+        assert!(code.len() <= CODE_ROOM);
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr(), self.page, code.len());
+            std::ptr::copy_nonoverlapping(data.as_ptr(), self.data, data.len());
+            self.native().write(state.clone());
+            let function: extern "sysv64" fn() = std::mem::transmute(self.page);
+            function();
+            *state = self.native().read();
+            std::ptr::copy_nonoverlapping(self.data, data.as_mut_ptr(), data.len());
+        }
+    }
+}
+
+/// A guest in long mode at CPL 0 whose data pages are mapped at [`DATA`].
+fn guest() -> (GuestMemory, CpuState) {
+    let memory = GuestMemory::new(1 << 20).expect("memory");
+    let entry = |at: u64, value: u64| {
+        memory
+            .write(GuestPhysAddr::new(at), &value.to_le_bytes())
+            .expect("in RAM");
+    };
+    entry(0x1000, 0x2003); // PML4
+    entry(0x2000, 0x3003); // 0..1 GiB
+    entry(0x3000, 0x4003);
+    for page in 0..256 {
+        entry(0x4000 + 8 * page, page << 12 | 3);
+    }
+    entry(0x2000 + 8 * (DATA >> 30), 0x6003);
+    entry(0x6000, 0x7003);
+    for (n, frame) in FRAMES.iter().enumerate() {
+        entry(0x7000 + 8 * n as u64, frame | 3);
+    }
+    let mut cpu = CpuState::default();
+    cpu.cr0 = Cr0::PE | Cr0::PG | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::MP;
+    cpu.cr3 = 0x1000;
+    cpu.cr4 = Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT;
+    cpu.efer = Efer::LME | Efer::LMA;
+    for which in SegmentRegister::ALL {
+        *cpu.segment_mut(which) = Segment::flat(0x10, 0xc093);
+    }
+    *cpu.segment_mut(SegmentRegister::Cs) = Segment::flat(8, 0xa09b);
+    (memory, cpu)
+}
+
+/// Random bytes that look like an instruction.
+fn random_bytes(random: &mut Random) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for prefix in [0x66, 0xf2, 0xf3] {
+        if random.below(6) == 0 {
+            bytes.push(prefix);
+        }
+    }
+    if random.below(2) == 0 {
+        bytes.push(0x40 | random.below(16) as u8);
+    }
+    match random.below(10) {
+        0..=3 => {}
+        4..=6 => bytes.push(0x0f),
+        7 => bytes.extend([0x0f, 0x38]),
+        8 => bytes.extend([0x0f, 0x3a]),
+        // x87
+        _ => {
+            bytes.push(0xd8 | random.below(8) as u8);
+        }
+    }
+    bytes.extend((0..12).map(|_| random.next() as u8));
+    bytes
+}
+
+/// One instruction and the address of its memory operand.
+struct Case {
+    bytes: Vec<u8>,
+    op: Op,
+    gpr: [u64; 16],
+}
+
+/// Makes a case from a random instruction, with registers such that a memory operand lies in the data.
+fn case(stubs: &mut Stubs, random: &mut Random) -> Option<Case> {
+    let Decoded::Op(op) = decode(stubs, 64, &random_bytes(random), CODE) else {
+        return None;
+    };
+    if op.kind != Kind::Plain {
+        return None;
+    }
+    let mut instruction = op.instruction;
+    if instruction.has_lock_prefix() && random.below(2) == 0 {
+        instruction.set_has_lock_prefix(false);
+    }
+    if matches!(instruction.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr) {
+        // The host may have TZCNT and LZCNT, which the guest has not.
+        instruction.set_has_rep_prefix(false);
+    }
+    let mut gpr: [u64; 16] = std::array::from_fn(|_| random.value());
+    let memory = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == OpKind::Memory);
+    if memory && is_moffs(instruction.code()) {
+        return None;
+    }
+    if memory {
+        address(&mut instruction, &op, &mut gpr, random)?;
+    }
+    let mut encoder = Encoder::new(64);
+    encoder.encode(&instruction, CODE).ok()?;
+    let bytes = encoder.take_buffer();
+    let Decoded::Op(op) = decode(stubs, 64, &bytes, CODE) else {
+        return None;
+    };
+    (op.kind == Kind::Plain).then(|| Case {
+        bytes,
+        op: *op,
+        gpr,
+    })
+}
+
+fn is_moffs(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Mov_AL_moffs8
+            | Code::Mov_AX_moffs16
+            | Code::Mov_EAX_moffs32
+            | Code::Mov_RAX_moffs64
+            | Code::Mov_moffs8_AL
+            | Code::Mov_moffs16_AX
+            | Code::Mov_moffs32_EAX
+            | Code::Mov_moffs64_RAX
+    )
+}
+
+/// Gives the instruction a memory operand inside the data.
+fn address(
+    instruction: &mut Instruction,
+    op: &Op,
+    gpr: &mut [u64; 16],
+    random: &mut Random,
+) -> Option<()> {
+    let bit_register = match op.special {
+        Special::BitOffset(register) => Some(register),
+        _ => None,
+    };
+    let pick = |random: &mut Random| {
+        (0..8)
+            .map(|_| random.below(16) as u8)
+            .find(|n| Some(*n) != bit_register)
+    };
+    let base = pick(random)?;
+    let index = pick(random).filter(|&n| n != base && n != 4 && random.below(2) == 0);
+    let scale = 1 << random.below(4);
+    // Around the middle, across its page boundary too.
+    let mut target = DATA + 0x2000 - 512 + random.below(1024);
+    if op.aligned {
+        target &= !15;
+    }
+    let displacement = match random.below(3) {
+        0 => 0,
+        1 => random.below(256) as i64 - 128,
+        _ => random.below(1 << 20) as i64 - (1 << 19),
+    };
+    if let Some(register) = bit_register {
+        // The operand may lie up to half of the data away.
+        let bits = random.below(1 << 15) as i64 - (1 << 14);
+        gpr[usize::from(register)] = bits as u64;
+        if op.size == 2 {
+            gpr[usize::from(register)] |= random.next() << 16;
+        } else if op.size == 4 {
+            gpr[usize::from(register)] = bits as u32 as u64 | random.next() << 32;
+        }
+    }
+    let mut left = target.wrapping_sub(displacement as u64);
+    if let Some(index) = index {
+        left = left.wrapping_sub(gpr[usize::from(index)].wrapping_mul(scale));
+    }
+    gpr[usize::from(base)] = left;
+    instruction.set_segment_prefix(Register::None);
+    instruction.set_memory_base(Register::RAX + u32::from(base));
+    instruction.set_memory_index(index.map_or(Register::None, |n| Register::RAX + u32::from(n)));
+    instruction.set_memory_index_scale(scale as u32);
+    instruction.set_memory_displacement64(displacement as u64);
+    instruction.set_memory_displ_size(if displacement == 0 { 0 } else { 8 });
+    Some(())
+}
+
+fn random_fpu(random: &mut Random) -> FpuState {
+    let mut fpu = FpuState {
+        fcw: 0x7f | (random.below(16) as u16) << 8,
+        fsw: (random.below(8) as u16) << 11 | (random.next() as u16 & 0x4700),
+        ftw: random.next() as u8,
+        mxcsr: 0x1f80 | random.next() as u32 & 0xe07f & !0x40,
+        ..FpuState::default()
+    };
+    for xmm in &mut fpu.xmm {
+        *xmm = match random.below(4) {
+            0 => u128::from((random.value() as f64).to_bits()),
+            1 => {
+                let part = u128::from((random.below(1000) as f32 / 7.0).to_bits());
+                part | part << 32 | part << 64 | part << 96
+            }
+            _ => u128::from(random.next()) << 64 | u128::from(random.value()),
+        };
+    }
+    for st in &mut fpu.st {
+        let bytes = u128::from(random.next()) << 64 | u128::from(random.next());
+        st.copy_from_slice(&bytes.to_le_bytes()[..10]);
+        if random.below(2) == 0 {
+            // A normal number of moderate size.
+            st[7] |= 0x80;
+            st[8] = random.next() as u8;
+            st[9] = st[9] & 0x80 | 0x3f + random.below(2) as u8;
+        }
+    }
+    fpu
+}
+
+struct Rig {
+    host: Host,
+    memory: GuestMemory,
+    start: CpuState,
+    stepper: Stepper,
+    seen: BTreeMap<String, u32>,
+    faults: u32,
+}
+
+impl Rig {
+    fn run(&mut self, case: &Case, random: &mut Random) {
+        let mut cpu = self.start.clone();
+        cpu.regs.gpr = case.gpr;
+        cpu.regs.rip = CODE;
+        cpu.regs.rflags = rflags::FIXED | random.next() & rflags::STATUS;
+        cpu.fpu = random_fpu(random);
+        let before = cpu.clone();
+        let mut data: Vec<u8> = (0..DATA_LEN / 8)
+            .flat_map(|_| random.value().to_le_bytes())
+            .collect();
+        let mut native = Native {
+            fx: cpu.fpu.to_fxsave(),
+            gpr: cpu.regs.gpr,
+            rflags: cpu.regs.rflags,
+            host_rsp: 0,
+            host_fx: [0; 512],
+        };
+        for (n, frame) in FRAMES.iter().enumerate() {
+            let page = &data[n * 4096..(n + 1) * 4096];
+            self.memory
+                .write(GuestPhysAddr::new(*frame), page)
+                .expect("in RAM");
+        }
+        self.memory
+            .write(GuestPhysAddr::new(CODE), &case.bytes)
+            .expect("in RAM");
+        self.stepper
+            .memory_written(GuestPhysAddr::new(CODE), case.bytes.len());
+        let step = self.stepper.step(&mut cpu, &mut Pending::new());
+        let context = || format!("{:?} {:02x?}", case.op.instruction, case.bytes);
+        let step = step.unwrap_or_else(|error| panic!("{error}: {}", context()));
+        if step != Step::Retired {
+            // There is no IDT: any fault ends so. Only a division may.
+            assert_ne!(case.op.special, Special::None, "{step:?}: {}", context());
+            self.faults += 1;
+            return;
+        }
+        self.host.run(&case.bytes, &mut native, &mut data);
+        let mut after = FpuState::default();
+        after.set_fxsave(&native.fx);
+        (after.fop, after.fip, after.fdp) = (0, 0, 0);
+        let say = || format!("{}\nbefore: {before:x?}", context());
+        assert_eq!(cpu.regs.gpr, native.gpr, "registers: {}", say());
+        let flags = rflags::STATUS;
+        assert_eq!(
+            cpu.regs.rflags & flags,
+            native.rflags & flags,
+            "flags: {}",
+            say()
+        );
+        assert_eq!(cpu.fpu, after, "x87 and SSE: {}", say());
+        assert_eq!(cpu.regs.rip, CODE + case.bytes.len() as u64);
+        let mut guest = vec![0; DATA_LEN];
+        for (n, frame) in FRAMES.iter().enumerate() {
+            let page = &mut guest[n * 4096..(n + 1) * 4096];
+            self.memory
+                .read(GuestPhysAddr::new(*frame), page)
+                .expect("in RAM");
+        }
+        let differs = guest.iter().zip(&data).position(|(a, b)| a != b);
+        assert_eq!(differs, None, "memory: {}", say());
+        *self
+            .seen
+            .entry(format!("{:?}", case.op.instruction.mnemonic()))
+            .or_default() += 1;
+    }
+}
+
+#[test]
+fn plain_instructions_do_what_the_host_does() {
+    let (memory, start) = guest();
+    let stepper = Stepper::new(memory.clone(), CpuModel::V2).expect("a stepper");
+    let mut rig = Rig {
+        host: Host::new(),
+        memory,
+        start,
+        stepper,
+        seen: BTreeMap::new(),
+        faults: 0,
+    };
+    let mut stubs = Stubs::new().expect("stub memory");
+    let seed = std::env::var("SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok());
+    let mut random = Random(seed.unwrap_or(0x9e37_79b9_7f4a_7c15));
+    let cases = std::env::var("CASES")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(40_000);
+    let (mut done, mut stores) = (0u32, 0u32);
+    while done < cases {
+        let Some(case) = case(&mut stubs, &mut random) else {
+            continue;
+        };
+        stores += u32::from(case.op.traits.memory != MemoryUse::None);
+        rig.run(&case, &mut random);
+        done += 1;
+    }
+    eprintln!(
+        "{} mnemonics, {} divide errors, {stores} with memory",
+        rig.seen.len(),
+        rig.faults
+    );
+    assert!(
+        rig.seen.len() > 350,
+        "too few kinds of instructions: {:?}",
+        rig.seen.keys()
+    );
+    assert!(rig.faults > 10 && rig.seen.contains_key("Idiv"));
+    let _ = (DATA_PAGES, Vector::DE);
+}
