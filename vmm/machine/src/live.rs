@@ -372,3 +372,7 @@ impl Debuggable for LiveMachine {
         false
     }
 }
+
+#[cfg(test)]
+#[path = "live_tests.rs"]
+mod tests;

@@ -161,8 +161,8 @@ mod tests {
     #[test]
     fn a_deadline_comes_exactly_at_its_position() {
         for per_second in [1, 3, 1_000_000_000, 7_777_777_777] {
-            let mut clock = clock(per_second, 500, 10);
             for deadline in [501, 1000, 1_000_000, 5_000_000_001].map(Nanos::new) {
+                let mut clock = clock(per_second, 500, 10);
                 let due = clock.position_of(deadline);
                 assert!(due.retired.get() > 10);
                 clock.set_position(Position::at(due.retired.get() - 1));
