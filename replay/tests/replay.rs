@@ -23,9 +23,9 @@ fn kicks(seed: u64) -> Vec<u64> {
 
 /// A recording as a hypervisor makes it.
 fn blind(seed: u64, ticks: u64) -> (Vec<u8>, End) {
-    record(&config(), Capricious::new(seed), options(), |memory, _| {
+    record(&config(), options(), |memory, _| {
         let engine = FakeEngine::new(racing(ticks), memory.clone(), false);
-        Box::new(engine.kicked(kicks(seed)))
+        (Box::new(engine.kicked(kicks(seed))), Capricious::new(seed))
     })
 }
 
@@ -35,8 +35,11 @@ fn counted(seed: u64, ticks: u64) -> (Vec<u8>, End) {
         slices: true,
         ..Capricious::new(seed)
     };
-    record(&config(), host, options(), |memory, _| {
-        Box::new(FakeEngine::new(racing(ticks), memory.clone(), true))
+    record(&config(), options(), |memory, _| {
+        (
+            Box::new(FakeEngine::new(racing(ticks), memory.clone(), true)),
+            host,
+        )
     })
 }
 
@@ -112,9 +115,9 @@ fn a_stop_is_replayed_where_it_came() {
             stop_at: 300_000 * seed,
             ..Capricious::new(seed)
         };
-        let (bytes, end) = record(&config(), host, options(), |memory, _| {
+        let (bytes, end) = record(&config(), options(), |memory, _| {
             let engine = FakeEngine::new(racing(u64::MAX), memory.clone(), false);
-            Box::new(engine.kicked(kicks(seed)))
+            (Box::new(engine.kicked(kicks(seed))), host)
         });
         assert_eq!(end, End::Stopped);
         assert!(

@@ -28,9 +28,9 @@ fn trace() -> &'static [u8] {
             input_every: 3,
             ..Capricious::new(11)
         };
-        let (bytes, end) = record(&config(), host, options(), |memory, _| {
+        let (bytes, end) = record(&config(), options(), |memory, _| {
             let engine = FakeEngine::new(racing(TICKS), memory.clone(), false);
-            Box::new(engine.kicked(vec![37, 401, 93, 1, 250]))
+            (Box::new(engine.kicked(vec![37, 401, 93, 1, 250])), host)
         });
         assert_eq!(end, End::DebugExit(7));
         assert!(open(&bytes).end.expect("complete").totals.landmarks > 10);
@@ -327,8 +327,11 @@ fn a_change_leaves_the_recording_and_going_back_returns_to_it() {
 
 #[test]
 fn a_branch_of_a_guest_that_nothing_wakes_is_stopped() {
-    let (bytes, _) = record(&config(), Capricious::new(3), options(), |memory, _| {
-        Box::new(FakeEngine::new(racing(TICKS), memory.clone(), true))
+    let (bytes, _) = record(&config(), options(), |memory, _| {
+        (
+            Box::new(FakeEngine::new(racing(TICKS), memory.clone(), true)),
+            Capricious::new(3),
+        )
     });
     // Before the timer is programmed, the guest is made to halt with interrupts on.
     let program = racing(TICKS);

@@ -74,7 +74,7 @@ fn machine() -> MachineRecord {
 fn image() -> Image {
     Image {
         name: "crash".to_owned(),
-        bytes: (0..600u32).map(|i| (i * i >> 3) as u8).collect(),
+        bytes: (0..600u32).map(|i| ((i * i) >> 3) as u8).collect(),
     }
 }
 
@@ -405,7 +405,8 @@ fn hostile_chunks_are_refused_by_what_is_wrong_with_them() {
     let squeeze = |bytes: &[u8]| zstd::bulk::compress(bytes, 3).expect("compress");
     let bomb = squeeze(&vec![0; 40 << 20]);
     let two_frames = [squeeze(&[0, 0, 0]), squeeze(&[0, 0, 0])].concat();
-    let cases: Vec<(Vec<u8>, fn(&Fault) -> bool)> = vec![
+    type Expected = fn(&Fault) -> bool;
+    let cases: Vec<(Vec<u8>, Expected)> = vec![
         (hostile_chunk(3, 0, next, u32::MAX, &bomb), |f| {
             matches!(f, Fault::TooLarge { .. })
         }),

@@ -69,7 +69,7 @@ impl Search {
             }
         }
         // A full comparison only serves the report.
-        if self.nearest.is_none() || self.candidates % 1024 == 0 {
+        if self.nearest.is_none() || self.candidates.is_multiple_of(1024) {
             self.note(landmark, delivered, &cpu, engine.position(), memory);
         }
         Ok(false)

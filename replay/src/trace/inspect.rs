@@ -237,7 +237,7 @@ pub struct DumpDigest {
 pub fn dump(trace: &mut Trace) -> impl Iterator<Item = Result<DumpRecord, TraceError>> + '_ {
     let log = &mut trace.log;
     (0..log.len()).map(move |index| {
-        let record = log.get(index)?.ok_or_else(|| TraceError {
+        let record = log.get(index)?.ok_or(TraceError {
             offset: 0,
             what: super::Fault::Truncated("the log"),
         })?;

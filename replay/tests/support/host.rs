@@ -89,7 +89,7 @@ impl Environment for Capricious {
         if at.deadline.is_some_and(|deadline| deadline <= now) {
             arrivals.push(Arrival::Time { now });
         }
-        if self.random() % self.input_every == 0 && at.input_room > 8 {
+        if self.random().is_multiple_of(self.input_every) && at.input_room > 8 {
             let bytes = vec![self.random() as u8; (self.random() % 3 + 1) as usize];
             arrivals.push(Arrival::Input {
                 channel: Channel::Com1,

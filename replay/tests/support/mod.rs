@@ -76,12 +76,11 @@ pub fn writer(config: &MachineConfig, kind: EngineKind) -> (TraceWriter, Shared)
 /// Records a machine until it ends; the trace and how it ended.
 pub fn record<E: Environment>(
     config: &MachineConfig,
-    environment: E,
     options: RecordOptions,
-    engine: impl FnOnce(&GuestMemory, &CpuState) -> Box<dyn Engine>,
+    parts: impl FnOnce(&GuestMemory, &CpuState) -> (Box<dyn Engine>, E),
 ) -> (Vec<u8>, End) {
     let (memory, board, cpu) = config.build().expect("build");
-    let engine = engine(&memory, &cpu);
+    let (engine, environment) = parts(&memory, &cpu);
     let (writer, file) = writer(config, engine.kind());
     let recorder = Recorder::new(environment, writer, options);
     let mut session = Session::new(memory, board, engine, Box::new(recorder));
