@@ -271,11 +271,12 @@ impl<'s> App<'s> {
     }
 }
 
-/// Which of `items` differ from `before`; none where the mode, and so the list, is another one.
+/// Which of `items` differ from the one of that name in `before`; not those that another mode has under another name.
 fn changes(before: &[Item], items: &[Item]) -> Vec<bool> {
-    let comparable = before.len() == items.len();
-    let differs = |(old, new): (&Item, &Item)| comparable && old != new;
-    let mut changed: Vec<_> = before.iter().zip(items).map(differs).collect();
-    changed.resize(items.len(), false);
-    changed
+    let differs = |item: &Item| {
+        before
+            .iter()
+            .any(|old| old.name == item.name && old != item)
+    };
+    items.iter().map(differs).collect()
 }

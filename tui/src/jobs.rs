@@ -15,7 +15,7 @@ use machine::debuggable::{DebugError, Debuggable, Resume, Stop};
 use machine::engine::EngineError;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
-use x86::{CpuState, Gpr, GuestVirtAddr};
+use x86::{CpuState, Gpr, GuestVirtAddr, Position};
 
 /// What the machine is doing for the user.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,6 +34,18 @@ pub(crate) enum Job {
     StepBack { left: u64 },
     /// Back to a breakpoint.
     ContinueBack,
+    /// To a position, back or forward.
+    Seek(Position),
+}
+
+impl Job {
+    /// Only a machine that keeps its past can do it.
+    pub(crate) const fn needs_past(self) -> bool {
+        matches!(
+            self,
+            Self::StepBack { .. } | Self::ContinueBack | Self::Seek(_)
+        )
+    }
 }
 
 /// A return to wait for: this instruction, with the stack pointer above that value, lest a deeper call of the same function be
@@ -154,6 +166,11 @@ impl App<'_> {
                 let stop = past(machine)?.step_back(vcpu, slice)?;
                 self.stepped(machine, &stop, left, |left| Job::StepBack { left })
             }
+            Job::Seek(position) => {
+                let stop = past(machine)?.seek(position, slice)?;
+                self.stopped(machine, &stop);
+                Ok(())
+            }
             Job::ContinueBack => {
                 let stop = past(machine)?.continue_back(slice)?;
                 self.stopped(machine, &stop);
@@ -263,7 +280,7 @@ impl App<'_> {
             let text = format!("the machine cannot go on: {failed}");
             return self.complain(text);
         }
-        if matches!(job, Job::StepBack { .. } | Job::ContinueBack) && !self.can_reverse {
+        if job.needs_past() && !self.can_reverse {
             return self.complain("this machine keeps no past to go back to");
         }
         self.before.clone_from(&self.view.items);
@@ -298,7 +315,7 @@ impl App<'_> {
         if let Err(error) = self.set_stops(machine, None) {
             self.complain(error.to_string());
         }
-        if matches!(job, Some(Job::StepBack { .. } | Job::ContinueBack)) {
+        if job.is_some_and(Job::needs_past) {
             // What was shown need not be the beginning of what is there now.
             self.console.forget();
         }
@@ -373,6 +390,12 @@ impl App<'_> {
     }
 
     fn answer(&mut self, machine: &mut dyn Debuggable, question: Question, answer: &str) {
+        if question == Question::Position {
+            return match place(machine, answer) {
+                Ok(position) => self.start(machine, Job::Seek(position)),
+                Err(error) => self.complain(error),
+            };
+        }
         let at = match self.symbols.parse(answer) {
             Ok(at) => at,
             Err(error) => return self.complain(error.to_string()),
@@ -403,7 +426,7 @@ impl App<'_> {
                 }
                 Err(error) => self.complain(error),
             },
-            Question::Breakpoint => {}
+            Question::Breakpoint | Question::Position => {}
         }
     }
 }
@@ -412,6 +435,25 @@ fn past(machine: &mut dyn Debuggable) -> Result<&mut dyn machine::debuggable::Re
     machine
         .reverse()
         .ok_or_else(|| DebugError::Refused("this machine keeps no past to go back to".to_owned()))
+}
+
+/// The position that text means: `12345`, `12,345+2`, or `#7` for where event 7 arrived.
+fn place(machine: &dyn Debuggable, text: &str) -> Result<Position, String> {
+    let text = text.trim().replace([',', '_'], "");
+    let Some(number) = text.strip_prefix('#') else {
+        return text
+            .parse()
+            .map_err(|error: x86::ParsePositionError| error.to_string());
+    };
+    let events = machine.events();
+    let event = number
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| events.iter().find(|event| event.index == number))
+        .ok_or_else(|| format!("no event {text}; there are {}", events.len()))?;
+    event.position.ok_or_else(|| {
+        format!("where event {text} arrives is known only once the machine has passed it")
+    })
 }
 
 /// Memory in hexadecimal and as text, as far as it can be read.

@@ -95,7 +95,9 @@ impl App<'_> {
         let control = key.modifiers.contains(KeyModifiers::CONTROL);
         prompt.note.clear();
         match key.code {
-            KeyCode::Tab => prompt.complete(&self.symbols.complete(&prompt.answer, MOST_NAMES)),
+            KeyCode::Tab if prompt.question != Question::Position => {
+                prompt.complete(&self.symbols.complete(&prompt.answer, MOST_NAMES));
+            }
             KeyCode::Enter => {
                 let (question, answer) = (prompt.question, std::mem::take(&mut prompt.answer));
                 self.mode = Mode::Panels;
@@ -138,6 +140,7 @@ impl App<'_> {
             KeyCode::Char('b') => Some(Command::ToggleBreakpoint),
             KeyCode::Char('B') => self.ask(Question::Breakpoint),
             KeyCode::Char('g') => self.ask(Question::Goto),
+            KeyCode::Char('t') => self.ask(Question::Position),
             KeyCode::Char('w') => self.ask(Question::Walk),
             KeyCode::Char('x') => self.ask(Question::Memory),
             _ => self.looking_key(key.code, count),

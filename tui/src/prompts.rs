@@ -15,6 +15,8 @@ pub(crate) enum Question {
     Walk,
     /// Where to show memory.
     Memory,
+    /// Where on the timeline to go.
+    Position,
 }
 
 impl Question {
@@ -24,6 +26,7 @@ impl Question {
             Self::Breakpoint => "breakpoint at (symbol or address): ",
             Self::Walk => "explain the translation of (symbol or address): ",
             Self::Memory => "show memory at (symbol or address): ",
+            Self::Position => "go to position (12345) or event (#7): ",
         }
     }
 }
@@ -115,9 +118,10 @@ Moving the machine
   c  F5         continue to the next breakpoint
   G             run to the end, past breakpoints
   p  any key    pause
-Back in time{back}
+Through time{back}
   S  Shift-F7   step back
   C  Shift-F5   continue back to the last breakpoint
+  t             go to a position or a recorded event, back or forward
 Breakpoints
   b             set or clear one at the cursor in the disassembly
   B             set or clear one at a symbol or an address

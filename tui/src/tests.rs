@@ -220,6 +220,27 @@ fn the_past_has_a_start_and_some_machines_have_none() {
 }
 
 #[test]
+fn travelling_goes_to_positions_and_events() {
+    let symbols = symbols();
+    let mut desk = Desk::new(&symbols);
+    let position = |desk: &Desk<'_>| desk.machine.position().map(|p| p.retired.get());
+    desk.keys("t20\n");
+    assert_eq!(position(&desk), Some(20));
+    desk.keys("t#0\n");
+    assert_eq!(position(&desk), Some(7), "back to where event 0 arrived");
+    assert_eq!(
+        desk.keys("t#3\n").message(),
+        "where event #3 arrives is known only once the machine has passed it"
+    );
+    assert_eq!(desk.keys("t#44\n").message(), "no event #44; there are 4");
+    assert!(desk.keys("tx\n").message().contains("not a position"));
+    assert_eq!(
+        desk.keys("t1,000\n").message(),
+        "the guest ended: debug exit with 3"
+    );
+}
+
+#[test]
 fn a_long_run_goes_on_in_slices_until_a_key_pauses_it() {
     let symbols = symbols();
     let mut desk = Desk::new(&symbols);

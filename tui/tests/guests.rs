@@ -110,4 +110,18 @@ fn a_recorded_crash_from_its_start_to_its_last_words() {
         assert!(end.contains(expected), "{expected:?} in\n{end}");
     }
     assert!(end.lines().all(|line| line.chars().count() <= 200));
+
+    let third = timeline
+        .events()
+        .get(2)
+        .and_then(|event| event.position)
+        .expect("arrived");
+    let past = timeline.reverse().expect("a timeline keeps its past");
+    while past.seek(third, Duration::from_secs(1)).expect("goes back") == Stop::Slice {}
+    assert_eq!(timeline.position(), Some(third));
+    let back = tui::render_text(&mut timeline, &symbols, 200, 60).expect("renders");
+    assert!(
+        back.contains("STOPPED") && !back.contains("panic -"),
+        "{back}"
+    );
 }

@@ -242,4 +242,8 @@ impl Reverse for Timeline {
         let origin = self.here();
         self.continue_back_from(origin, ContinuePhase::Before(origin), until)
     }
+
+    fn seek(&mut self, position: Position, slice: Duration) -> Result<Stop, DebugError> {
+        Timeline::seek(self, position, slice)
+    }
 }

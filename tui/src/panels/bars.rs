@@ -56,7 +56,8 @@ pub(super) fn title(app: &App<'_>, machine: &dyn Debuggable, width: u16) -> Para
 /// What the machine does: running, stopped, ended.
 fn doing(app: &App<'_>, machine: &dyn Debuggable) -> String {
     match (&app.job, &app.failed, machine.end()) {
-        (Some(Job::StepBack { .. } | Job::ContinueBack), _, _) => "GOING BACK".to_owned(),
+        (Some(Job::Seek(_)), _, _) => "TRAVELLING".to_owned(),
+        (Some(job), _, _) if job.needs_past() => "GOING BACK".to_owned(),
         (Some(_), _, _) => "RUNNING".to_owned(),
         (None, Some(_), _) => "FAILED".to_owned(),
         (None, None, Some(end)) => format!("ENDED: {end}"),
@@ -135,7 +136,7 @@ fn hints(app: &App<'_>) -> Line<'static> {
             app.theme.running(),
         ));
     }
-    let back = [("S C", "back")];
+    let back = [("S C", "back"), ("t", "travel")];
     let back = if app.can_reverse { &back[..] } else { &[] };
     let moving = [
         ("s", "step"),

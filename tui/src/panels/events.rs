@@ -13,7 +13,6 @@ use machine::environment::{Arrival, Channel};
 use ratatui::style::Style;
 use ratatui::text::{Line, Span};
 use std::ops::Range;
-use x86::Position;
 
 /// Input longer than this is cut, in bytes.
 const LONGEST_INPUT: usize = 60;
@@ -44,7 +43,10 @@ pub(super) fn lines(
             app.theme.faint(),
         ))];
     }
-    let columns = Columns::of(machine, width);
+    let visible = events
+        .get(range.start.saturating_sub(1)..range.end.min(events.len()))
+        .unwrap_or_default();
+    let columns = Columns::of(visible, width);
     let now = present_row(machine);
     range
         .filter_map(|row| match row.cmp(&now) {
@@ -107,13 +109,13 @@ struct Columns {
 }
 
 impl Columns {
-    /// As the last, and so largest, numbers need.
-    fn of(machine: &dyn Debuggable, width: usize) -> Self {
-        let last = machine.events().last();
-        let index = last.map_or(1, |event| event.index.to_string().len());
-        let width_of = |at: Option<Position>| at.map_or(1, |at| position_text(at).len());
-        let position = width_of(machine.position()).max(width_of(last.and_then(|e| e.position)));
-        let sync = last.map_or(1, |event| 6 + grouped(event.after.0).len());
+    /// As the visible events need.
+    fn of(visible: &[EventView], width: usize) -> Self {
+        let longest =
+            |length: fn(&EventView) -> usize| visible.iter().map(length).max().unwrap_or(1);
+        let index = longest(|event| event.index.to_string().len());
+        let position = longest(|event| event.position.map_or(1, |at| position_text(at).len()));
+        let sync = longest(|event| 6 + grouped(event.after.0).len());
         // A time takes 16 columns; input may take more and be cut.
         let both = 1 + index + 1 + position + 2 + sync + 2 + 16 <= width;
         Self {

@@ -347,6 +347,20 @@ impl Reverse for Fake {
         }
         Ok(Stop::StartOfHistory)
     }
+
+    fn seek(&mut self, position: Position, _: Duration) -> Result<Stop, DebugError> {
+        let to = position.retired.get();
+        if to < self.steps {
+            self.rewind(to);
+        }
+        while self.steps < to {
+            match self.end {
+                Some(end) => return Ok(Stop::Ended(end)),
+                None => self.step(),
+            }
+        }
+        Ok(Stop::Stepped)
+    }
 }
 
 /// The names in [`CODE`], as an ELF file's symbol table would give them.

@@ -140,4 +140,13 @@ pub trait Reverse {
     /// Back to the nearest earlier boundary at which the instruction at a breakpoint is about to execute:
     /// [`Stop::Breakpoint`], or [`Stop::StartOfHistory`].
     fn continue_back(&mut self, slice: Duration) -> Result<Stop, DebugError>;
+
+    /// To `position`, back or forward, whatever breakpoints lie between: [`Stop::Stepped`] once there; anything but that and
+    /// [`Stop::Slice`] stopped it before.
+    fn seek(&mut self, position: Position, slice: Duration) -> Result<Stop, DebugError> {
+        let _ = (position, slice);
+        Err(DebugError::Refused(
+            "this machine cannot go to a position".to_owned(),
+        ))
+    }
 }
