@@ -15,7 +15,11 @@ const ZERO_LEAVES: [std::ops::Range<u32>; 3] =
 
 /// What `KVM_SET_CPUID2` gets. `None` if the list is longer than the bindings allow, which it is not.
 pub(crate) fn entries(model: CpuModel) -> Option<CpuId> {
-    let list: Vec<_> = ZERO_LEAVES.into_iter().flatten().map(|leaf| entry(model, leaf)).collect();
+    let list: Vec<_> = ZERO_LEAVES
+        .into_iter()
+        .flatten()
+        .map(|leaf| entry(model, leaf))
+        .collect();
     CpuId::from_entries(&list).ok()
 }
 
@@ -41,7 +45,11 @@ mod tests {
         for (leaf, _) in CpuModel::LEAVES {
             let listed = entries.as_slice().iter().find(|e| e.function == leaf);
             let listed = listed.unwrap_or_else(|| panic!("leaf {leaf:#x}"));
-            assert_eq!(listed.eax, CpuModel::V2.cpuid(leaf, 0).eax, "leaf {leaf:#x}");
+            assert_eq!(
+                listed.eax,
+                CpuModel::V2.cpuid(leaf, 0).eax,
+                "leaf {leaf:#x}"
+            );
         }
     }
 }

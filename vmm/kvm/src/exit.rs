@@ -10,13 +10,15 @@ use crate::engine::{Core, Fragments, KvmEngine, Owed, data};
 use crate::vcpu::KvmExit;
 use machine::engine::{Answer, EngineError};
 use x86::exit::AccessData;
+use x86::msr::index;
 use x86::paging::{self, PagingContext};
 use x86::{
-    Activity, CpuMode, Exit, Gpr, GuestPhysAddr, GuestVirtAddr, PAGE_SIZE, PageFrame, SegmentRegister,
+    Activity, CpuMode, Exit, Gpr, GuestPhysAddr, GuestVirtAddr, PAGE_SIZE, PageFrame,
+    SegmentRegister,
 };
 
 /// After this many KVM exits, pages that the guest wrote are looked at for sensitive instructions.
-const SCAN_PERIOD: u32 = 64;
+const SCAN_PERIOD: u64 = 64;
 
 /// An instruction is at most this long (SDM vol. 2A, 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
@@ -26,9 +28,43 @@ impl KvmEngine {
     pub(crate) fn translate(&mut self, raw: KvmExit) -> Result<Option<Exit>, EngineError> {
         self.scan_now_and_then()?;
         match raw {
-            KvmExit::Io { count: 2.., write: false, .. } => self.undo_string_in().map(|()| None),
-            KvmExit::Io { port, size, write, data, .. } => Ok(Some(self.port(port, size, write, data))),
-            KvmExit::Mmio { addr, len, write, data } => self.mmio(addr, len, write, data),
+            KvmExit::Io {
+                count: 2..,
+                write: false,
+                ..
+            } => self.undo_string_in().map(|()| None),
+            KvmExit::Io {
+                port,
+                size,
+                write,
+                data,
+                ..
+            } => Ok(Some(self.port(port, size, write, data))),
+            KvmExit::Mmio {
+                addr,
+                len,
+                write,
+                data,
+            } => self.mmio(addr, len, write, data),
+            KvmExit::Rdmsr {
+                msr: index::IA32_LSTAR,
+            } if self.quirks.syscall_broken => {
+                self.vcpu.answer_msr(Some(self.cpu.msrs.lstar));
+                self.owed = Owed::Answered;
+                Ok(None)
+            }
+            KvmExit::Wrmsr {
+                msr: index::IA32_LSTAR,
+                value,
+            } if self.quirks.syscall_broken => {
+                let valid = GuestVirtAddr::new(value).is_canonical();
+                if valid {
+                    self.cpu.msrs.lstar = value;
+                }
+                self.vcpu.answer_msr(valid.then_some(0));
+                self.owed = Owed::Answered;
+                Ok(None)
+            }
             KvmExit::Rdmsr { msr } => {
                 self.owed = Owed::Msr;
                 Ok(Some(Exit::Rdmsr { msr }))
@@ -41,6 +77,7 @@ impl KvmEngine {
                 self.cpu.activity = Activity::Halted;
                 Ok(Some(Exit::Hlt))
             }
+            KvmExit::TaskPriority => Ok(None),
             KvmExit::InterruptWindow => Ok(Some(Exit::InterruptWindow)),
             KvmExit::Shutdown if self.quirks.hides_idt() => self.recover().map(|()| None),
             KvmExit::Shutdown => {
@@ -54,11 +91,13 @@ impl KvmEngine {
             KvmExit::Debug { pc } => Ok(self.debug(GuestVirtAddr::new(pc))),
             KvmExit::Interrupted => {
                 self.vcpu.kick().take_request();
+                self.retire_exhausted_rep()?;
                 Ok(Some(Exit::Kicked))
             }
-            KvmExit::Failed(why) => {
-                Err(EngineError::Host { operation: "KVM_RUN", source: std::io::Error::other(why) })
-            }
+            KvmExit::Failed(why) => Err(EngineError::Host {
+                operation: "KVM_RUN",
+                source: std::io::Error::other(why),
+            }),
         }
     }
 
@@ -71,10 +110,10 @@ impl KvmEngine {
     }
 
     fn scan_now_and_then(&mut self) -> Result<(), EngineError> {
-        if self.sensitive.any() && self.exits.is_multiple_of(SCAN_PERIOD) {
+        if self.sensitive.any() && self.work.entries.is_multiple_of(SCAN_PERIOD) {
             let written = self.slots.take_dirty(&self.vm)?;
             self.note_written(&written);
-            self.stepped = true;
+            self.wrote = true;
         }
         Ok(())
     }
@@ -82,20 +121,42 @@ impl KvmEngine {
     fn port(&mut self, port: u16, size: u8, write: bool, value: u64) -> Exit {
         if write {
             self.owed = Owed::Port { read: None };
-            Exit::IoOut { port, data: AccessData { value, size } }
+            Exit::IoOut {
+                port,
+                data: AccessData { value, size },
+            }
         } else {
             self.owed = Owed::Port { read: Some(size) };
             Exit::IoIn { port, size }
         }
     }
 
-    fn mmio(&mut self, addr: u64, len: usize, write: bool, value: u64) -> Result<Option<Exit>, EngineError> {
+    fn mmio(
+        &mut self,
+        addr: u64,
+        len: usize,
+        write: bool,
+        value: u64,
+    ) -> Result<Option<Exit>, EngineError> {
         let page = PageFrame::containing(GuestPhysAddr::new(addr));
         if self.slots.is_out(page) {
             return self.ram(addr, len, write, value).map(|()| None);
         }
-        let fragments = Fragments { addr, len, done: 0, write, value };
-        Ok(self.fragment(if write { fragments } else { Fragments { value: 0, ..fragments } }))
+        let fragments = Fragments {
+            addr,
+            len,
+            done: 0,
+            write,
+            value,
+        };
+        Ok(self.fragment(if write {
+            fragments
+        } else {
+            Fragments {
+                value: 0,
+                ..fragments
+            }
+        }))
     }
 
     /// Makes the next piece of an MMIO access an exit; `None` when there is none left.
@@ -109,7 +170,10 @@ impl KvmEngine {
         let addr = GuestPhysAddr::new(access.addr).wrapping_add(access.done as u64);
         let value = masked(access.value >> (8 * access.done), size);
         Some(if access.write {
-            Exit::MmioWrite { addr, data: AccessData { value, size } }
+            Exit::MmioWrite {
+                addr,
+                data: AccessData { value, size },
+            }
         } else {
             Exit::MmioRead { addr, size }
         })
@@ -121,7 +185,7 @@ impl KvmEngine {
         let addr = GuestPhysAddr::new(addr);
         let len = len.min(bytes.len());
         let done = if write {
-            self.stepped = true;
+            self.wrote = true;
             self.memory.write(addr, &bytes[..len])
         } else {
             self.memory.read(addr, &mut bytes[..len])
@@ -132,7 +196,10 @@ impl KvmEngine {
             self.vcpu.answer_mmio(u64::from_le_bytes(bytes));
         }
         self.owed = Owed::Answered;
-        done.map_err(|e| EngineError::Host { operation: "KVM_RUN", source: std::io::Error::other(e) })
+        done.map_err(|e| EngineError::Host {
+            operation: "KVM_RUN",
+            source: std::io::Error::other(e),
+        })
     }
 
     /// Takes the answer to the last exit. `Some`: the access it was part of has more to ask.
@@ -151,7 +218,11 @@ impl KvmEngine {
         Ok(None)
     }
 
-    fn accept_mmio(&mut self, access: Fragments, answer: Answer) -> Result<Option<Exit>, EngineError> {
+    fn accept_mmio(
+        &mut self,
+        access: Fragments,
+        answer: Answer,
+    ) -> Result<Option<Exit>, EngineError> {
         let mut access = access;
         let size = piece(access.len.saturating_sub(access.done));
         if !access.write {
@@ -174,8 +245,8 @@ impl KvmEngine {
         None
     }
 
-    /// KVM finishes the last iteration of a REP instruction that accessed a device without moving RIP past it; executing it
-    /// once more, with a count of zero, does that and nothing else.
+    /// Where KVM emulates a REP instruction, it makes the last iteration without moving RIP past it, a boundary that no processor
+    /// has. Executing it once more, with a count of zero, moves RIP and does nothing else.
     fn retire_exhausted_rep(&mut self) -> Result<(), EngineError> {
         self.fetch_core();
         let bytes = self.instruction_bytes();
@@ -216,7 +287,13 @@ impl KvmEngine {
         let offset = rep.count(self.cpu.regs[Gpr::Rdi]);
         let linear = match self.cpu.mode() {
             CpuMode::Long64 => offset,
-            _ => self.cpu.segment(SegmentRegister::Es).base.wrapping_add(offset) & 0xffff_ffff,
+            _ => {
+                self.cpu
+                    .segment(SegmentRegister::Es)
+                    .base
+                    .wrapping_add(offset)
+                    & 0xffff_ffff
+            }
         };
         self.physical(GuestVirtAddr::new(linear))
     }
@@ -224,7 +301,10 @@ impl KvmEngine {
     /// Translates as a data read would, without setting accessed bits.
     pub(crate) fn physical(&self, addr: GuestVirtAddr) -> Option<GuestPhysAddr> {
         let context = PagingContext::of(&self.cpu);
-        paging::walk(&context, &self.memory, addr).outcome.ok().map(|found| found.addr)
+        paging::walk(&context, &self.memory, addr)
+            .outcome
+            .ok()
+            .map(|found| found.addr)
     }
 
     /// The bytes at RIP, as far as they are mapped; zeros behind.
@@ -238,7 +318,9 @@ impl KvmEngine {
         let mut done = 0;
         while done < N {
             let addr = start.wrapping_add(done as u64);
-            let len = usize::try_from(addr.bytes_left_in_page()).unwrap_or(N).min(N - done);
+            let len = usize::try_from(addr.bytes_left_in_page())
+                .unwrap_or(N)
+                .min(N - done);
             let Some(at) = self.physical(addr) else { break };
             if self.memory.read(at, &mut bytes[done..done + len]).is_err() {
                 break;
@@ -260,7 +342,11 @@ fn piece(left: usize) -> u8 {
 }
 
 fn masked(value: u64, size: u8) -> u64 {
-    if size >= 8 { value } else { value & ((1 << (8 * u32::from(size))) - 1) }
+    if size >= 8 {
+        value
+    } else {
+        value & ((1 << (8 * u32::from(size))) - 1)
+    }
 }
 
 /// A string instruction with a REP prefix.
@@ -281,7 +367,9 @@ impl Rep {
                 0x66 | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 => {}
                 0x40..=0x4f if mode == CpuMode::Long64 => {}
                 0x6c..=0x6f | 0xa4..=0xa7 | 0xaa..=0xaf if repeated => {
-                    return Some(Self { address_bits: address_bits(mode, other_size) });
+                    return Some(Self {
+                        address_bits: address_bits(mode, other_size),
+                    });
                 }
                 _ => return None,
             }
@@ -317,10 +405,21 @@ mod tests {
     #[test]
     fn rep_strings_are_told_from_others() {
         let long = CpuMode::Long64;
-        for bytes in [&[0xf3, 0xa4][..], &[0xf2, 0x48, 0xaf], &[0xf3, 0x66, 0x6d], &[0x67, 0xf3, 0xaa]] {
+        for bytes in [
+            &[0xf3, 0xa4][..],
+            &[0xf2, 0x48, 0xaf],
+            &[0xf3, 0x66, 0x6d],
+            &[0x67, 0xf3, 0xaa],
+        ] {
             assert!(Rep::at(bytes, long).is_some(), "{bytes:x?}");
         }
-        for bytes in [&[0xa4][..], &[0xf3, 0x90], &[0xf3, 0x0f, 0xb8, 0xc3], &[0xee, 0xf3, 0xa4], &[0xf3; 15]] {
+        for bytes in [
+            &[0xa4][..],
+            &[0xf3, 0x90],
+            &[0xf3, 0x0f, 0xb8, 0xc3],
+            &[0xee, 0xf3, 0xa4],
+            &[0xf3; 15],
+        ] {
             assert_eq!(Rep::at(bytes, long), None, "{bytes:x?}");
         }
     }
@@ -331,7 +430,12 @@ mod tests {
         assert_eq!(count(&[0xf3, 0xa4], CpuMode::Long64), 0x5_0000_0000);
         assert_eq!(count(&[0x67, 0xf3, 0xa4], CpuMode::Long64), 0);
         assert_eq!(count(&[0xf3, 0xa4], CpuMode::Protected32), 0);
-        assert_eq!(Rep::at(&[0xf3, 0xa4], CpuMode::Real).expect("REP").count(0x1_0003), 3);
+        assert_eq!(
+            Rep::at(&[0xf3, 0xa4], CpuMode::Real)
+                .expect("REP")
+                .count(0x1_0003),
+            3
+        );
     }
 
     #[test]

@@ -9,8 +9,8 @@
 
 use crate::quirks::{ProbeError, Quirks};
 use kvm_ioctls::{Cap, Kvm};
-use machine::memory::CreateMemoryError;
 use machine::engine::EngineError;
+use machine::memory::CreateMemoryError;
 use std::io;
 use std::path::Path;
 
@@ -39,7 +39,9 @@ pub enum OpenError {
     #[error("cannot open {DEVICE}: {0}; `--engine soft` needs no KVM")]
     Open(io::Error),
     /// A KVM of another age.
-    #[error("{DEVICE} speaks version {0} of the KVM API, this program version {API_VERSION}; use `--engine soft`")]
+    #[error(
+        "{DEVICE} speaks version {0} of the KVM API, this program version {API_VERSION}; use `--engine soft`"
+    )]
     ApiVersion(i32),
     /// A capability is missing.
     #[error(
@@ -189,13 +191,19 @@ mod tests {
         let error = open_at(Path::new("/nonexistent/kvm")).expect_err("no such file");
         assert!(matches!(error, OpenError::NoDevice));
         let text = error.to_string();
-        assert!(text.contains("kvm_intel") && text.contains("--engine soft"), "{text}");
+        assert!(
+            text.contains("kvm_intel") && text.contains("--engine soft"),
+            "{text}"
+        );
     }
 
     #[test]
     fn refused_permission_says_what_to_do() {
         let text = OpenError::NoPermission.to_string();
-        assert!(text.contains("usermod") && text.contains("--engine soft"), "{text}");
+        assert!(
+            text.contains("usermod") && text.contains("--engine soft"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -10,17 +10,20 @@
 //! limit 0. Delivery of any exception then fails, KVM exits with KVM_EXIT_SHUTDOWN, and the state is that of the
 //! instruction that raised it; the single-instruction path executes it again and delivers the exception through the guest's own IDT.
 //!
+//! There too, KVM's LSTAR leads nowhere: SYSCALL ends in such an exit, and is executed again in the same way.
+//!
 //! Elsewhere: executing and delivering (`soft`); finding instructions that must not run in KVM ([`crate::sensitive`]).
 //! Source: Intel SDM vol. 3A, 6.15 (exceptions); vol. 2 (SYSCALL).
 
 use crate::engine::{Core, Cpl0Policy, HARDWARE_BREAKPOINTS, KvmEngine, Owed};
 use crate::state;
+use crate::vcpu::NOWHERE;
 use machine::engine::EngineError;
 use soft::Step;
 use x86::paging::PageFaultCode;
 use x86::regs::{Cr0, Cr4, Efer, rflags};
 use x86::{
-    Activity, CpuMode, CpuState, Exception, Exit, Gpr, GuestVirtAddr, PageFrame, SegmentRegister, Vector,
+    Activity, CpuMode, Exception, Exit, Gpr, GuestVirtAddr, PageFrame, SegmentRegister, Vector,
 };
 
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
@@ -70,7 +73,8 @@ impl KvmEngine {
         let cpu = &self.cpu;
         let selector = |which| cpu.segment(which).selector;
         let foreign = self.quirks.ring3_selectors.is_some_and(|native| {
-            cpu.mode() != CpuMode::Long64 || native != (selector(SegmentRegister::Cs), selector(SegmentRegister::Ss))
+            cpu.mode() != CpuMode::Long64
+                || native != (selector(SegmentRegister::Cs), selector(SegmentRegister::Ss))
         });
         let fpu_traps = cpu.cr0.intersects(Cr0::TS | Cr0::EM) || !cpu.cr4.contains(Cr4::OSFXSR);
         foreign || (self.quirks.fpu_traps_ignored && fpu_traps)
@@ -100,14 +104,21 @@ impl KvmEngine {
             return Ok(Some(exit));
         }
         self.before_step();
+        self.stepped = true;
+        self.work.steps += 1;
         self.must_step = false;
         self.core = Core::Changed;
         let step = self.stepper.step(&mut self.cpu, &mut self.pending)?;
-        self.owed = if self.pending.incomplete() { Owed::Soft } else { Owed::Nothing };
+        self.owed = if self.pending.incomplete() {
+            Owed::Soft
+        } else {
+            Owed::Nothing
+        };
         Ok(match step {
-            Step::Retired | Step::Within | Step::Delivered(_) => {
-                self.controls.monitor_trap_flag.then_some(Exit::MonitorTrapFlag)
-            }
+            Step::Retired | Step::Within | Step::Delivered(_) => self
+                .controls
+                .monitor_trap_flag
+                .then_some(Exit::MonitorTrapFlag),
             Step::Exit(exit) | Step::RetiredExit(exit) => {
                 if exit == Exit::TripleFault {
                     self.cpu.activity = Activity::Shutdown;
@@ -121,7 +132,8 @@ impl KvmEngine {
     fn breakpoint_here(&mut self) -> Option<Exit> {
         let here = self.cpu.rip_linear();
         let resumed = self.resume_at.take() == Some(here);
-        if resumed || self.controls.monitor_trap_flag || !self.controls.breakpoints.contains(&here) {
+        if resumed || self.controls.monitor_trap_flag || !self.controls.breakpoints.contains(&here)
+        {
             return None;
         }
         self.resume_at = Some(here);
@@ -149,19 +161,19 @@ impl KvmEngine {
         Ok(())
     }
 
-    /// A SYSCALL that did not leave ring 3 ends in a fetch fault at the entry point.
+    /// A SYSCALL ends in a fetch fault at [`NOWHERE`].
     fn undo_syscall(&mut self, fault: &Exception) {
-        let fetch = fault.error_code.is_some_and(|code| code & PageFaultCode::I.bits() != 0);
-        let cpu = &mut self.cpu;
-        let at_entry = cpu.cpl() == 3 && cpu.regs.rip == cpu.msrs.lstar && cpu.cr2 == cpu.msrs.lstar;
-        if !(self.quirks.syscall_broken && fetch && at_entry) {
+        let fetch = fault
+            .error_code
+            .is_some_and(|code| code & PageFaultCode::I.bits() != 0);
+        let there = self.cpu.regs.rip == NOWHERE && self.cpu.cr2 == NOWHERE;
+        if !(self.quirks.syscall_broken && fetch && there) {
             return;
         }
-        let before = cpu.regs[Gpr::Rcx].wrapping_sub(SYSCALL.len() as u64);
+        let before = self.cpu.regs[Gpr::Rcx].wrapping_sub(SYSCALL.len() as u64);
         if self.bytes_at(GuestVirtAddr::new(before)) == SYSCALL {
-            let cpu: &mut CpuState = &mut self.cpu;
-            cpu.regs.rip = before;
-            cpu.regs.rflags = cpu.regs[Gpr::R11] | rflags::FIXED;
+            self.cpu.regs.rip = before;
+            self.cpu.regs.rflags = self.cpu.regs[Gpr::R11] | rflags::FIXED;
         }
     }
 

@@ -58,7 +58,11 @@ impl Shared {
         let Some(run_page) = NonNull::new(page.cast::<u8>()) else {
             return Err(host_errno("mmap of kvm_run"));
         };
-        Ok(Self { requested: AtomicBool::new(false), runner: AtomicI32::new(0), run_page })
+        Ok(Self {
+            requested: AtomicBool::new(false),
+            runner: AtomicI32::new(0),
+            run_page,
+        })
     }
 
     /// Makes the next KVM_RUN return at once, once pending input and output are finished (true), or lets it run (false).
@@ -79,7 +83,11 @@ impl Shared {
     /// To be called right before and after KVM_RUN, on the thread that makes it.
     pub(crate) fn set_running(&self, running: bool) {
         // SAFETY: gettid has no preconditions.
-        let thread = if running { unsafe { libc::gettid() } } else { 0 };
+        let thread = if running {
+            unsafe { libc::gettid() }
+        } else {
+            0
+        };
         self.runner.store(thread, Ordering::SeqCst);
     }
 
@@ -128,7 +136,9 @@ fn install_handler() -> Result<(), EngineError> {
         };
         match result {
             0 => 0,
-            _ => std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL),
+            _ => std::io::Error::last_os_error()
+                .raw_os_error()
+                .unwrap_or(libc::EINVAL),
         }
     });
     match code {

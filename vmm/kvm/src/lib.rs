@@ -28,7 +28,6 @@ mod state;
 mod vcpu;
 mod vm;
 
-
-pub use engine::{Cpl0Policy, KvmEngine};
+pub use engine::{Cpl0Policy, KvmEngine, Work};
 pub use host::{OpenError, Report, report};
 pub use quirks::Quirks;

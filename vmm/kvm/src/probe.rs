@@ -15,7 +15,9 @@ use machine::engine::EngineError;
 use machine::{GuestMemory, PageSet};
 use x86::regs::{Cr0, Cr4, Efer, rflags};
 use x86::segment::SegmentAttributes;
-use x86::{CpuModel, CpuState, DescriptorTable, Gpr, GuestPhysAddr, Segment, SegmentRegister};
+use x86::{
+    CpuModel, CpuState, DescriptorTable, FpuState, Gpr, GuestPhysAddr, Segment, SegmentRegister,
+};
 
 const RAM: u64 = 1 << 20;
 const PML4: u64 = 0x1000;
@@ -69,9 +71,14 @@ pub(crate) struct Probe {
 impl Probe {
     pub(crate) fn new(kvm: &Kvm) -> Result<Self, ProbeError> {
         let memory = GuestMemory::new(RAM)?;
-        let (vm, vcpu) = vm::create(kvm, CpuModel::default())?;
+        let (vm, vcpu) = vm::create(kvm, CpuModel::default(), false)?;
         let slots = Slots::new(&vm, &memory, PageSet::new(), kvm.get_nr_memslots())?;
-        Ok(Self { vm, vcpu, memory, slots })
+        Ok(Self {
+            vm,
+            vcpu,
+            memory,
+            slots,
+        })
     }
 
     /// Finds every quirk.
@@ -84,6 +91,7 @@ impl Probe {
             cpuid_forced: self.cpuid_forced()?,
             tsd_ignored: self.tsd_ignored()?,
             fpu_traps_ignored: self.fpu_traps_ignored()?,
+            fxsave_differs: self.fxsave_differs()?,
             iret_keeps_selectors: self.iret_keeps_selectors()?,
             windows_unreliable: self.windows_unreliable()?,
             legacy_paging_broken: self.legacy_paging_broken()?,
@@ -139,9 +147,37 @@ impl Probe {
         Ok(cpu.regs.rip != after_stub(NM))
     }
 
+    fn fxsave_differs(&mut self) -> Result<bool, EngineError> {
+        let code = [
+            &[0xdb, 0xe3, 0xd9, 0xe8, 0x0f, 0xae, 0x04, 0x25][..],
+            &(DATA as u32).to_le_bytes(),
+            &UD2,
+        ];
+        self.ring3(&code.concat())?; // fninit; fld1; fxsave [DATA]
+        let (mut image, mut fpu) = ([0; 512], FpuState::default());
+        self.memory
+            .read(GuestPhysAddr::new(DATA), &mut image)
+            .map_err(probe_error)?;
+        fpu.set_fxsave(&image);
+        let portable = FpuState {
+            fop: 0,
+            fip: 0,
+            fdp: 0,
+            ..fpu.clone()
+        };
+        let mask = portable.to_fxsave();
+        Ok(fpu != portable || image[28..32] != mask[28..32])
+    }
+
     fn iret_keeps_selectors(&mut self) -> Result<bool, EngineError> {
         let mut cpu = self.kernel_state(&[0x48, 0xcf])?; // iretq
-        let frame = [CODE3, u64::from(USER_CS), rflags::FIXED, STACK3, u64::from(USER_DS)];
+        let frame = [
+            CODE3,
+            u64::from(USER_CS),
+            rflags::FIXED,
+            STACK3,
+            u64::from(USER_DS),
+        ];
         self.put(CODE3, &UD2)?;
         cpu.regs[Gpr::Rsp] = STACK0 - 64;
         for (i, value) in frame.into_iter().enumerate() {
@@ -177,7 +213,12 @@ impl Probe {
 
     /// Reads a page in ring 3, maps another one there by writing the entry ourselves, flushes, and reads again.
     fn shadows_stale(&mut self) -> Result<bool, EngineError> {
-        let code = [&[0x48, 0x8b, 0x1c, 0x25][..], &(DATA as u32).to_le_bytes(), &UD2].concat(); // mov rbx, [DATA]
+        let code = [
+            &[0x48, 0x8b, 0x1c, 0x25][..],
+            &(DATA as u32).to_le_bytes(),
+            &UD2,
+        ]
+        .concat(); // mov rbx, [DATA]
         let cpu = self.user_state(&code)?;
         self.put_u64(DATA, 0x1111)?;
         self.put_u64(STACK3, 0x2222)?;
@@ -255,7 +296,10 @@ impl Probe {
         self.put_u64(TSS + 4, STACK0)?;
         for vector in 0..256 {
             let stub = STUBS + 2 * vector;
-            self.put_u64(IDT + 16 * vector, stub & 0xffff | u64::from(KERNEL_CS) << 16 | 0xee00 << 32)?;
+            self.put_u64(
+                IDT + 16 * vector,
+                stub & 0xffff | u64::from(KERNEL_CS) << 16 | 0xee00 << 32,
+            )?;
             self.put_u64(IDT + 16 * vector + 8, 0)?;
             self.put(stub, &[0xf4, 0x90])?;
         }
@@ -263,15 +307,20 @@ impl Probe {
     }
 
     fn put(&self, addr: u64, bytes: &[u8]) -> Result<(), EngineError> {
-        let written = self.memory.write(GuestPhysAddr::new(addr), bytes);
-        written.map_err(|e| EngineError::Host {
-            operation: "writing a probe guest",
-            source: std::io::Error::other(e),
-        })
+        self.memory
+            .write(GuestPhysAddr::new(addr), bytes)
+            .map_err(probe_error)
     }
 
     fn put_u64(&self, addr: u64, value: u64) -> Result<(), EngineError> {
         self.put(addr, &value.to_le_bytes())
+    }
+}
+
+fn probe_error(error: machine::memory::NoMemoryError) -> EngineError {
+    EngineError::Host {
+        operation: "examining KVM",
+        source: std::io::Error::other(error),
     }
 }
 
@@ -291,15 +340,24 @@ fn long_mode() -> CpuState {
     cpu.regs[Gpr::Rsp] = STACK0 - 256;
     cpu.segments = [Segment::flat(KERNEL_DS, 0xc093); 6];
     *cpu.segment_mut(SegmentRegister::Cs) = Segment::flat(KERNEL_CS, 0xa09b);
-    cpu.gdtr = DescriptorTable { base: GDT, limit: 63 };
-    cpu.idtr = DescriptorTable { base: IDT, limit: 4095 };
+    cpu.gdtr = DescriptorTable {
+        base: GDT,
+        limit: 63,
+    };
+    cpu.idtr = DescriptorTable {
+        base: IDT,
+        limit: 4095,
+    };
     cpu.tr = Segment {
         selector: TSS_SELECTOR,
         base: TSS,
         limit: 0x67,
         attributes: SegmentAttributes::from_bits(0x8b),
     };
-    cpu.ldtr = Segment { attributes: SegmentAttributes::UNUSABLE, ..Segment::default() };
+    cpu.ldtr = Segment {
+        attributes: SegmentAttributes::UNUSABLE,
+        ..Segment::default()
+    };
     cpu.msrs.star = u64::from(USER_CS - 16) << 48 | u64::from(KERNEL_CS) << 32;
     cpu.msrs.lstar = SYSCALL_ENTRY;
     cpu

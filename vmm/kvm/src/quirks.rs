@@ -41,6 +41,8 @@ pub struct Quirks {
     pub tsd_ignored: bool,
     /// CR0.TS, CR0.EM and CR4.OSFXSR do not keep ring 3 from x87 and SSE.
     pub fpu_traps_ignored: bool,
+    /// FXSAVE stores more than the soft engine does: another MXCSR mask, or x87 pointers.
+    pub fxsave_differs: bool,
     /// IRETQ to ring 3 leaves ring-0 selectors in DS, ES, FS and GS.
     pub iret_keeps_selectors: bool,
     /// An interrupt window that was asked for is not reported where it opens.
@@ -74,7 +76,10 @@ impl Quirks {
         Sensitive {
             identity: self.cpuid_forced,
             idtr: self.hides_idt(),
-            returns: self.iret_keeps_selectors || self.ring3_selectors.is_some() || self.hides_idt(),
+            returns: self.iret_keeps_selectors
+                || self.ring3_selectors.is_some()
+                || self.hides_idt(),
+            fxsave: self.fxsave_differs,
             hypercalls: self.kernel_emulated,
         }
     }
@@ -89,21 +94,46 @@ impl Quirks {
                 "guest kernels are emulated by KVM, not run by the processor",
                 "slow; what KVM cannot emulate is executed by the soft engine",
             ),
-            (self.syscall_broken, "SYSCALL in ring 3 does not enter ring 0", hidden),
-            (self.int_n_broken, "INT n in ring 3 is not delivered", hidden),
+            (
+                self.syscall_broken,
+                "SYSCALL in ring 3 does not enter ring 0",
+                hidden,
+            ),
+            (
+                self.int_n_broken,
+                "INT n in ring 3 is not delivered",
+                hidden,
+            ),
             (
                 self.ring3_selectors.is_some(),
                 "ring 3 reads the host's selectors from CS and SS",
                 "ring 3 with other selectors is executed by the soft engine",
             ),
-            (self.cpuid_forced, "CPUID shows host features that the CPU model hides", stepped),
-            (self.tsd_ignored, "CR4.TSD does not keep ring 3 from RDTSC", stepped),
+            (
+                self.cpuid_forced,
+                "CPUID shows host features that the CPU model hides",
+                stepped,
+            ),
+            (
+                self.tsd_ignored,
+                "CR4.TSD does not keep ring 3 from RDTSC",
+                stepped,
+            ),
             (
                 self.fpu_traps_ignored,
                 "CR0.TS does not keep ring 3 from the FPU",
                 "ring 3 without the FPU is executed by the soft engine",
             ),
-            (self.iret_keeps_selectors, "IRET to ring 3 leaves ring-0 data selectors loaded", stepped),
+            (
+                self.fxsave_differs,
+                "FXSAVE stores what differs between processors",
+                stepped,
+            ),
+            (
+                self.iret_keeps_selectors,
+                "IRET to ring 3 leaves ring-0 data selectors loaded",
+                stepped,
+            ),
             (
                 self.windows_unreliable,
                 "interrupt windows are not reported where they open",
@@ -125,7 +155,9 @@ impl Quirks {
                 "ring 3 is executed by the soft engine while breakpoints are set",
             ),
         ];
-        all.into_iter().filter_map(|(found, what, measure)| found.then_some((what, measure))).collect()
+        all.into_iter()
+            .filter_map(|(found, what, measure)| found.then_some((what, measure)))
+            .collect()
     }
 }
 

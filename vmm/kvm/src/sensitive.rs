@@ -17,8 +17,10 @@ pub(crate) struct Sensitive {
     pub identity: bool,
     /// LIDT and SIDT: KVM holds another IDTR than the guest's.
     pub idtr: bool,
-    /// IRETQ and SYSRETQ: KVM would enter ring 3 without telling.
+    /// IRETQ, SYSRET and SYSEXIT: KVM would enter ring 3 without telling.
     pub returns: bool,
+    /// FXSAVE: its image holds what only this host's processor has.
+    pub fxsave: bool,
     /// VMCALL and VMMCALL: never to be answered by KVM.
     pub hypercalls: bool,
 }
@@ -44,9 +46,13 @@ impl Sensitive {
     }
 
     fn starts(self, window: &[u8]) -> bool {
-        let &[first, second, third] = window else { return false };
+        let &[first, second, third] = window else {
+            return false;
+        };
         match (first, second) {
             (0x0f, 0xa2 | 0x31) => self.identity,
+            (0x0f, 0x07 | 0x35) => self.returns,
+            (0x0f, 0xae) => self.fxsave && third < 0xc0 && third >> 3 & 7 == 0,
             (0x0f, 0xc7) => self.identity && third >= 0xf0,
             (0x0f, 0x01) => match third {
                 0xf9 | 0xd0 => self.identity,
@@ -54,7 +60,6 @@ impl Sensitive {
                 modrm => self.idtr && modrm < 0xc0 && matches!(modrm >> 3 & 7, 1 | 3),
             },
             (0x48, 0xcf) => self.returns,
-            (0x48, 0x0f) => self.returns && third == 0x07,
             _ => false,
         }
     }
@@ -65,7 +70,13 @@ mod tests {
     use super::*;
     use x86::GuestPhysAddr;
 
-    const ALL: Sensitive = Sensitive { identity: true, idtr: true, returns: true, hypercalls: true };
+    const ALL: Sensitive = Sensitive {
+        identity: true,
+        idtr: true,
+        returns: true,
+        fxsave: true,
+        hypercalls: true,
+    };
 
     fn memory(at: u64, bytes: &[u8]) -> GuestMemory {
         let memory = GuestMemory::new(1 << 20).expect("memory");
@@ -75,19 +86,23 @@ mod tests {
 
     #[test]
     fn instructions_are_found_wherever_they_start() {
-        let cases: [&[u8]; 7] = [
+        let cases: [&[u8]; 8] = [
             &[0x0f, 0xa2],
             &[0x0f, 0x31],
             &[0x0f, 0xc7, 0xf0],
             &[0x0f, 0x01, 0x1e],
             &[0x48, 0xcf],
-            &[0x48, 0x0f, 0x07],
+            &[0x0f, 0x07],
+            &[0x0f, 0xae, 0x04],
             &[0x0f, 0x01, 0xc1],
         ];
         for bytes in cases {
             for at in [0x1000, 0x1234, 0x1fff] {
                 let memory = memory(at, bytes);
-                assert!(ALL.is_in(&memory, PageFrame::new(1)), "{bytes:x?} at {at:#x}");
+                assert!(
+                    ALL.is_in(&memory, PageFrame::new(1)),
+                    "{bytes:x?} at {at:#x}"
+                );
                 assert!(!ALL.is_in(&memory, PageFrame::new(3)));
             }
         }
@@ -95,9 +110,20 @@ mod tests {
 
     #[test]
     fn relatives_are_left_alone() {
-        // LGDT, INVLPG, CMPXCHG8B, SYSCALL, SYSRETL.
-        for bytes in [&[0x0f, 0x01, 0x16][..], &[0x0f, 0x01, 0x38], &[0x0f, 0xc7, 0x0f], &[0x0f, 0x05], &[0x0f, 0x07]] {
-            assert!(!ALL.is_in(&memory(0x1000, bytes), PageFrame::new(1)), "{bytes:x?}");
+        // LGDT, INVLPG, CMPXCHG8B, SYSCALL, FXRSTOR, MFENCE.
+        let cases: [&[u8]; 6] = [
+            &[0x0f, 0x01, 0x16],
+            &[0x0f, 0x01, 0x38],
+            &[0x0f, 0xc7, 0x0f],
+            &[0x0f, 0x05],
+            &[0x0f, 0xae, 0x0c],
+            &[0x0f, 0xae, 0xf0],
+        ];
+        for bytes in cases {
+            assert!(
+                !ALL.is_in(&memory(0x1000, bytes), PageFrame::new(1)),
+                "{bytes:x?}"
+            );
         }
         assert!(!Sensitive::default().is_in(&memory(0x1000, &[0x0f, 0xa2]), PageFrame::new(1)));
     }

@@ -24,7 +24,12 @@ pub(crate) struct Tables {
 
 impl Tables {
     /// Whether writing the pages of `written` changed a table that `cpu`'s user mappings, or earlier ones, are made from.
-    pub(crate) fn changed(&mut self, cpu: &CpuState, memory: &GuestMemory, written: &PageSet) -> bool {
+    pub(crate) fn changed(
+        &mut self,
+        cpu: &CpuState,
+        memory: &GuestMemory,
+        written: &PageSet,
+    ) -> bool {
         let context = PagingContext::of(cpu);
         if context.mode != PagingMode::FourLevel {
             return true;
@@ -34,7 +39,10 @@ impl Tables {
         collect(memory, root, LEVELS, &mut present);
         let mut changed = false;
         for &page in written {
-            let now = present.get(&page).copied().or_else(|| Some(digest(&read(memory, page)?)));
+            let now = present
+                .get(&page)
+                .copied()
+                .or_else(|| Some(digest(&read(memory, page)?)));
             match self.known.get(&page) {
                 Some(before) => changed |= now != Some(*before),
                 None => changed |= present.contains_key(&page),
@@ -49,11 +57,18 @@ impl Tables {
 }
 
 /// Adds the table `page` and those below it that user accesses can come by.
-fn collect(memory: &GuestMemory, page: PageFrame, level: u32, found: &mut BTreeMap<PageFrame, u64>) {
+fn collect(
+    memory: &GuestMemory,
+    page: PageFrame,
+    level: u32,
+    found: &mut BTreeMap<PageFrame, u64>,
+) {
     if found.contains_key(&page) {
         return;
     }
-    let Some(entries) = read(memory, page) else { return };
+    let Some(entries) = read(memory, page) else {
+        return;
+    };
     found.insert(page, digest(&entries));
     if level == 1 {
         return;
@@ -80,9 +95,13 @@ fn read(memory: &GuestMemory, page: PageFrame) -> Option<[u64; ENTRIES]> {
 /// A hash of what translation depends on.
 fn digest(entries: &[u64; ENTRIES]) -> u64 {
     let volatile = (EntryFlags::A | EntryFlags::D).bits();
-    entries.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, entry| {
-        (hash ^ (entry & !volatile)).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23)
-    })
+    entries
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, entry| {
+            (hash ^ (entry & !volatile))
+                .wrapping_mul(0x0000_0100_0000_01b3)
+                .rotate_left(23)
+        })
 }
 
 #[cfg(test)]
@@ -96,7 +115,9 @@ mod tests {
     const PT: u64 = 0x4000;
 
     fn put(memory: &GuestMemory, addr: u64, value: u64) -> PageSet {
-        memory.write(GuestPhysAddr::new(addr), &value.to_le_bytes()).expect("RAM");
+        memory
+            .write(GuestPhysAddr::new(addr), &value.to_le_bytes())
+            .expect("RAM");
         [PageFrame::containing(GuestPhysAddr::new(addr))].into()
     }
 
@@ -122,7 +143,10 @@ mod tests {
         let mut tables = Tables::default();
         assert!(!tables.changed(&cpu, &memory, &PageSet::new()));
         let written = put(&memory, PT, 0x8067);
-        assert!(!tables.changed(&cpu, &memory, &written), "accessed and dirty");
+        assert!(
+            !tables.changed(&cpu, &memory, &written),
+            "accessed and dirty"
+        );
         let written = put(&memory, PT, 0x9067);
         assert!(tables.changed(&cpu, &memory, &written), "another page");
         assert!(!tables.changed(&cpu, &memory, &written), "seen now");

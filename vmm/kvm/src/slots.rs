@@ -45,7 +45,12 @@ pub(crate) struct Slots {
 
 impl Slots {
     /// Registers all of `memory` but the pages of `out`. `limit` is how many slots KVM allows.
-    pub(crate) fn new(vm: &VmFd, memory: &GuestMemory, out: PageSet, limit: usize) -> Result<Self, EngineError> {
+    pub(crate) fn new(
+        vm: &VmFd,
+        memory: &GuestMemory,
+        out: PageSet,
+        limit: usize,
+    ) -> Result<Self, EngineError> {
         let limit = u32::try_from(limit).unwrap_or(u32::MAX);
         let ram = memory.ranges();
         let mut slots = Self {
@@ -91,10 +96,17 @@ impl Slots {
         !self.out.is_empty()
     }
 
+    /// How many pages have been taken out.
+    pub(crate) fn count_out(&self) -> u64 {
+        self.out.len() as u64
+    }
+
     /// Takes one page out. No effect on a page that is out already or is not RAM.
     pub(crate) fn take_out(&mut self, vm: &VmFd, page: PageFrame) -> Result<(), EngineError> {
         let number = page.number();
-        let Some((&first, &slot)) = self.slots.range(..=number).next_back() else { return Ok(()) };
+        let Some((&first, &slot)) = self.slots.range(..=number).next_back() else {
+            return Ok(());
+        };
         let behind = first + slot.pages;
         if number >= behind {
             return Ok(());
@@ -129,7 +141,9 @@ impl Slots {
 
     /// Makes KVM forget all shadow page tables: deleting any slot does.
     pub(crate) fn drop_shadows(&mut self, vm: &VmFd) -> Result<(), EngineError> {
-        let Some(host) = self.ram.first().map(|range| range.host as u64) else { return Ok(()) };
+        let Some(host) = self.ram.first().map(|range| range.host as u64) else {
+            return Ok(());
+        };
         let id = self.new_id()?;
         for size in [PAGE_SIZE, 0] {
             set(vm, id, SCRATCH_ADDR, size, host, 0)?;
@@ -143,7 +157,10 @@ impl Slots {
             return Ok(id);
         }
         if self.next >= self.limit {
-            return Err(failed("KVM_SET_USER_MEMORY_REGION", "this KVM allows no more memory slots"));
+            return Err(failed(
+                "KVM_SET_USER_MEMORY_REGION",
+                "this KVM allows no more memory slots",
+            ));
         }
         self.next += 1;
         Ok(self.next - 1)
@@ -152,8 +169,17 @@ impl Slots {
     fn add(&mut self, vm: &VmFd, first: u64, pages: u64) -> Result<(), EngineError> {
         let id = self.new_id()?;
         let addr = first * PAGE_SIZE;
-        let host = self.host(addr).ok_or_else(|| failed("KVM_SET_USER_MEMORY_REGION", "no such RAM"))?;
-        set(vm, id, addr, pages * PAGE_SIZE, host, KVM_MEM_LOG_DIRTY_PAGES)?;
+        let host = self
+            .host(addr)
+            .ok_or_else(|| failed("KVM_SET_USER_MEMORY_REGION", "no such RAM"))?;
+        set(
+            vm,
+            id,
+            addr,
+            pages * PAGE_SIZE,
+            host,
+            KVM_MEM_LOG_DIRTY_PAGES,
+        )?;
         self.slots.insert(first, Slot { id, pages });
         Ok(())
     }
@@ -161,7 +187,14 @@ impl Slots {
     fn remove(&mut self, vm: &VmFd, first: u64, slot: Slot) -> Result<(), EngineError> {
         collect(vm, first, slot, &mut self.dirty)?;
         let addr = first * PAGE_SIZE;
-        set(vm, slot.id, addr, 0, self.host(addr).unwrap_or(0), KVM_MEM_LOG_DIRTY_PAGES)?;
+        set(
+            vm,
+            slot.id,
+            addr,
+            0,
+            self.host(addr).unwrap_or(0),
+            KVM_MEM_LOG_DIRTY_PAGES,
+        )?;
         self.slots.remove(&first);
         self.free.push(slot.id);
         Ok(())
@@ -176,7 +209,14 @@ impl Slots {
     }
 }
 
-fn set(vm: &VmFd, slot: u32, addr: u64, size: u64, host: u64, flags: u32) -> Result<(), EngineError> {
+fn set(
+    vm: &VmFd,
+    slot: u32,
+    addr: u64,
+    size: u64,
+    host: u64,
+    flags: u32,
+) -> Result<(), EngineError> {
     let region = kvm_userspace_memory_region {
         slot,
         flags,
@@ -193,7 +233,9 @@ fn set(vm: &VmFd, slot: u32, addr: u64, size: u64, host: u64, flags: u32) -> Res
 fn collect(vm: &VmFd, first: u64, slot: Slot, dirty: &mut PageSet) -> Result<(), EngineError> {
     let size = usize::try_from(slot.pages * PAGE_SIZE)
         .map_err(|_| failed("KVM_GET_DIRTY_LOG", "slot too large for this host"))?;
-    let bitmap = vm.get_dirty_log(slot.id, size).map_err(|e| host_error("KVM_GET_DIRTY_LOG", e))?;
+    let bitmap = vm
+        .get_dirty_log(slot.id, size)
+        .map_err(|e| host_error("KVM_GET_DIRTY_LOG", e))?;
     for (word, &bits) in bitmap.iter().enumerate() {
         let mut bits = bits;
         while bits != 0 {

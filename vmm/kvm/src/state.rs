@@ -10,14 +10,14 @@
 //! Source: KVM API, sections 4.11-4.14, 4.31, 4.33, 4.42; Intel SDM vol. 1, 13.4 (XSAVE area); vol. 3A, 3.4.2 (null selectors).
 
 use kvm_bindings::{
-    KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, kvm_debugregs, kvm_dtable, kvm_regs,
-    kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xsave,
+    KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, kvm_debugregs, kvm_dtable,
+    kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xsave,
 };
 use x86::regs::{Cr0, Cr4, Efer, rflags};
 use x86::segment::SegmentAttributes;
 use x86::{
-    CpuState, DescriptorTable, Exception, FpuState, GuestVirtAddr, InterruptShadow, Registers, Segment,
-    SegmentRegister, Vector,
+    CpuState, DescriptorTable, Exception, FpuState, GuestVirtAddr, InterruptShadow, Registers,
+    Segment, SegmentRegister, Vector,
 };
 
 /// `KVM_X86_SHADOW_INT_MOV_SS` and `KVM_X86_SHADOW_INT_STI`.
@@ -29,7 +29,24 @@ const XSTATE_BV: usize = 512;
 const XSTATE_X87_SSE: u32 = 3;
 
 pub(crate) fn regs_to_kvm(regs: &Registers) -> kvm_regs {
-    let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = regs.gpr;
+    let [
+        rax,
+        rcx,
+        rdx,
+        rbx,
+        rsp,
+        rbp,
+        rsi,
+        rdi,
+        r8,
+        r9,
+        r10,
+        r11,
+        r12,
+        r13,
+        r14,
+        r15,
+    ] = regs.gpr;
     kvm_regs {
         rax,
         rbx,
@@ -55,8 +72,8 @@ pub(crate) fn regs_to_kvm(regs: &Registers) -> kvm_regs {
 pub(crate) fn regs_from_kvm(r: &kvm_regs) -> Registers {
     Registers {
         gpr: [
-            r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13,
-            r.r14, r.r15,
+            r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11,
+            r.r12, r.r13, r.r14, r.r15,
         ],
         rip: r.rip,
         rflags: r.rflags | rflags::FIXED,
@@ -113,15 +130,27 @@ fn null_segment(which: SegmentRegister, segment: &Segment) -> Segment {
         SegmentRegister::Ss => SegmentAttributes::UNUSABLE.with_dpl(segment.attributes.dpl()),
         _ => SegmentAttributes::UNUSABLE,
     };
-    Segment { selector: segment.selector, base, limit: 0, attributes }
+    Segment {
+        selector: segment.selector,
+        base,
+        limit: 0,
+        attributes,
+    }
 }
 
 fn table_to_kvm(table: &DescriptorTable) -> kvm_dtable {
-    kvm_dtable { base: table.base, limit: table.limit, padding: [0; 3] }
+    kvm_dtable {
+        base: table.base,
+        limit: table.limit,
+        padding: [0; 3],
+    }
 }
 
 fn table_from_kvm(table: &kvm_dtable) -> DescriptorTable {
-    DescriptorTable { base: table.base, limit: table.limit }
+    DescriptorTable {
+        base: table.base,
+        limit: table.limit,
+    }
 }
 
 /// The system registers of `cpu`, with `idtr` in place of its own.
@@ -172,12 +201,22 @@ pub(crate) fn sregs_from_kvm(s: &kvm_sregs, cpu: &mut CpuState) {
         }
     }
     if cpu.ldtr.attributes.unusable() {
-        cpu.ldtr = Segment { base: 0, limit: 0, attributes: SegmentAttributes::UNUSABLE, ..cpu.ldtr };
+        cpu.ldtr = Segment {
+            base: 0,
+            limit: 0,
+            attributes: SegmentAttributes::UNUSABLE,
+            ..cpu.ldtr
+        };
     }
 }
 
 pub(crate) fn debug_to_kvm(cpu: &CpuState) -> kvm_debugregs {
-    kvm_debugregs { db: cpu.dr, dr6: cpu.dr6, dr7: cpu.dr7, ..Default::default() }
+    kvm_debugregs {
+        db: cpu.dr,
+        dr6: cpu.dr6,
+        dr7: cpu.dr7,
+        ..Default::default()
+    }
 }
 
 pub(crate) fn debug_from_kvm(d: &kvm_debugregs, cpu: &mut CpuState) {
@@ -218,7 +257,9 @@ pub(crate) fn exception(events: &kvm_vcpu_events, cr2: u64) -> Exception {
     let vector = Vector(events.exception.nr);
     Exception {
         vector,
-        error_code: vector.pushes_error_code().then_some(events.exception.error_code),
+        error_code: vector
+            .pushes_error_code()
+            .then_some(events.exception.error_code),
         cr2: (vector == Vector::PF).then(|| GuestVirtAddr::new(cr2)),
     }
 }
@@ -239,7 +280,12 @@ pub(crate) fn fpu_from_kvm(area: &kvm_xsave) -> FpuState {
     }
     let mut fpu = FpuState::default();
     fpu.set_fxsave(&image);
-    FpuState { fop: 0, fip: 0, fdp: 0, ..fpu }
+    FpuState {
+        fop: 0,
+        fip: 0,
+        fdp: 0,
+        ..fpu
+    }
 }
 
 #[cfg(test)]
@@ -261,8 +307,16 @@ mod tests {
         cpu.segments = [Segment::flat(0x18, 0xc093); 6];
         *cpu.segment_mut(SegmentRegister::Cs) = Segment::flat(0x10, 0xa09b);
         cpu.segment_mut(SegmentRegister::Gs).base = 0xffff_8880_0000_0000;
-        cpu.tr = Segment { selector: 0x40, base: 0x1234, limit: 0x67, attributes: SegmentAttributes::from_bits(0x8b) };
-        cpu.ldtr = Segment { attributes: SegmentAttributes::UNUSABLE, ..Segment::default() };
+        cpu.tr = Segment {
+            selector: 0x40,
+            base: 0x1234,
+            limit: 0x67,
+            attributes: SegmentAttributes::from_bits(0x8b),
+        };
+        cpu.ldtr = Segment {
+            attributes: SegmentAttributes::UNUSABLE,
+            ..Segment::default()
+        };
         cpu
     }
 
@@ -295,12 +349,34 @@ mod tests {
     fn a_null_selector_has_one_form() {
         let mut cpu = long_mode();
         let mut sregs = sregs_to_kvm(&cpu, &cpu.idtr);
-        sregs.ss = kvm_segment { dpl: 0, present: 1, type_: 3, limit: 0xfff, s: 1, ..Default::default() };
-        sregs.ds = kvm_segment { selector: 3, unusable: 1, ..Default::default() };
-        sregs.gs = kvm_segment { base: 0x5000, ..Default::default() };
+        sregs.ss = kvm_segment {
+            dpl: 0,
+            present: 1,
+            type_: 3,
+            limit: 0xfff,
+            s: 1,
+            ..Default::default()
+        };
+        sregs.ds = kvm_segment {
+            selector: 3,
+            unusable: 1,
+            ..Default::default()
+        };
+        sregs.gs = kvm_segment {
+            base: 0x5000,
+            ..Default::default()
+        };
         sregs_from_kvm(&sregs, &mut cpu);
-        for which in [SegmentRegister::Ss, SegmentRegister::Ds, SegmentRegister::Gs] {
-            assert_eq!(cpu.segment(which).attributes, SegmentAttributes::UNUSABLE, "{which:?}");
+        for which in [
+            SegmentRegister::Ss,
+            SegmentRegister::Ds,
+            SegmentRegister::Gs,
+        ] {
+            assert_eq!(
+                cpu.segment(which).attributes,
+                SegmentAttributes::UNUSABLE,
+                "{which:?}"
+            );
             assert_eq!(cpu.segment(which).limit, 0, "{which:?}");
         }
         assert_eq!(cpu.segment(SegmentRegister::Ds).selector, 3);
@@ -310,7 +386,10 @@ mod tests {
     #[test]
     fn in_real_mode_selector_zero_is_a_segment() {
         let cpu = CpuState::default();
-        assert_eq!(round_trip(&cpu).segment(SegmentRegister::Ds), cpu.segment(SegmentRegister::Ds));
+        assert_eq!(
+            round_trip(&cpu).segment(SegmentRegister::Ds),
+            cpu.segment(SegmentRegister::Ds)
+        );
     }
 
     #[test]

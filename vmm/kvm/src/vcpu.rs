@@ -15,8 +15,8 @@ use crate::kick::Shared;
 use crate::state;
 use kvm_bindings::{
     KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_SYNC_X86_EVENTS,
-    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, Msrs as KvmMsrs, kvm_guest_debug, kvm_msr_entry, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs,
+    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, Msrs as KvmMsrs, kvm_guest_debug, kvm_msr_entry,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use machine::engine::EngineError;
@@ -28,24 +28,47 @@ use x86::{CpuState, DescriptorTable, FpuState};
 /// `KVM_EXIT_INTERNAL_ERROR`'s suberror for an instruction KVM could not emulate.
 const SUBERROR_EMULATION: u32 = 1;
 
+/// Where SYSCALL leads while LSTAR is hidden: the last page of the address space, which no kernel maps for ring 3.
+pub(crate) const NOWHERE: u64 = 0xffff_ffff_ffff_f000;
+
 /// A KVM exit, owned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum KvmExit {
     /// Port access: `count` elements of `size` bytes; the first is in `data` (writes).
-    Io { port: u16, size: u8, count: u32, write: bool, data: u64 },
+    Io {
+        port: u16,
+        size: u8,
+        count: u32,
+        write: bool,
+        data: u64,
+    },
     /// Access to guest-physical memory that is in no slot.
-    Mmio { addr: u64, len: usize, write: bool, data: u64 },
+    Mmio {
+        addr: u64,
+        len: usize,
+        write: bool,
+        data: u64,
+    },
     /// RDMSR that the filter denies.
-    Rdmsr { msr: u32 },
+    Rdmsr {
+        msr: u32,
+    },
     /// WRMSR that the filter denies.
-    Wrmsr { msr: u32, value: u64 },
+    Wrmsr {
+        msr: u32,
+        value: u64,
+    },
     Hlt,
     InterruptWindow,
+    /// The guest lowered CR8.
+    TaskPriority,
     Shutdown,
     /// KVM could not fetch or emulate the instruction at RIP.
     Unemulated,
     /// Guest debugging: the linear address.
-    Debug { pc: u64 },
+    Debug {
+        pc: u64,
+    },
     /// A signal, or `immediate_exit`.
     Interrupted,
     /// Anything else: a failure. The text says which.
@@ -90,16 +113,40 @@ pub(crate) struct Vcpu {
 }
 
 impl Vcpu {
-    /// Wraps a fresh vCPU whose CPUID has been set.
-    pub(crate) fn new(fd: VcpuFd) -> Result<Self, EngineError> {
+    /// Wraps a fresh vCPU whose CPUID has been set. With `hide_lstar`, KVM's LSTAR is [`NOWHERE`] for good, and never read back.
+    pub(crate) fn new(fd: VcpuFd, hide_lstar: bool) -> Result<Self, EngineError> {
         let kick = Arc::new(Shared::new(&fd)?);
-        let mut vcpu = Self { fd, kick, msrs: Vec::new(), extra: None, breakpoints: false };
-        vcpu.msrs = Msrs::INDICES.into_iter().filter(|&msr| vcpu.keeps(msr)).collect();
-        let regs = vcpu.fd.get_regs().map_err(|e| host_error("KVM_GET_REGS", e))?;
-        let sregs = vcpu.fd.get_sregs().map_err(|e| host_error("KVM_GET_SREGS", e))?;
-        let events = vcpu.fd.get_vcpu_events().map_err(|e| host_error("KVM_GET_VCPU_EVENTS", e))?;
+        let mut vcpu = Self {
+            fd,
+            kick,
+            msrs: Vec::new(),
+            extra: None,
+            breakpoints: false,
+        };
+        if hide_lstar {
+            vcpu.msrs = vec![index::IA32_LSTAR];
+            vcpu.write_msrs(&Msrs {
+                lstar: NOWHERE,
+                ..Msrs::default()
+            })?;
+        }
+        let kept = |msr| vcpu.keeps(msr) && !(hide_lstar && msr == index::IA32_LSTAR);
+        vcpu.msrs = Msrs::INDICES.into_iter().filter(|&msr| kept(msr)).collect();
+        let regs = vcpu
+            .fd
+            .get_regs()
+            .map_err(|e| host_error("KVM_GET_REGS", e))?;
+        let sregs = vcpu
+            .fd
+            .get_sregs()
+            .map_err(|e| host_error("KVM_GET_SREGS", e))?;
+        let events = vcpu
+            .fd
+            .get_vcpu_events()
+            .map_err(|e| host_error("KVM_GET_VCPU_EVENTS", e))?;
         let run = vcpu.fd.get_kvm_run();
-        run.kvm_valid_regs = u64::from(KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS);
+        run.kvm_valid_regs =
+            u64::from(KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS);
         let shared = vcpu.fd.sync_regs_mut();
         shared.regs = regs;
         shared.sregs = sregs;
@@ -113,7 +160,10 @@ impl Vcpu {
     }
 
     fn keeps(&self, msr: u32) -> bool {
-        let entry = kvm_msr_entry { index: msr, ..Default::default() };
+        let entry = kvm_msr_entry {
+            index: msr,
+            ..Default::default()
+        };
         KvmMsrs::from_entries(&[entry]).is_ok_and(|mut list| self.fd.get_msrs(&mut list) == Ok(1))
     }
 
@@ -139,9 +189,15 @@ impl Vcpu {
 
     /// The extra state, into `cpu`.
     pub(crate) fn read_extra(&mut self, cpu: &mut CpuState) -> Result<(), EngineError> {
-        let area = self.fd.get_xsave().map_err(|e| host_error("KVM_GET_XSAVE", e))?;
+        let area = self
+            .fd
+            .get_xsave()
+            .map_err(|e| host_error("KVM_GET_XSAVE", e))?;
         cpu.fpu = state::fpu_from_kvm(&area);
-        let debug = self.fd.get_debug_regs().map_err(|e| host_error("KVM_GET_DEBUGREGS", e))?;
+        let debug = self
+            .fd
+            .get_debug_regs()
+            .map_err(|e| host_error("KVM_GET_DEBUGREGS", e))?;
         state::debug_from_kvm(&debug, cpu);
         self.read_msrs(&mut cpu.msrs)?;
         self.extra = Some(Extra::of(cpu));
@@ -149,12 +205,21 @@ impl Vcpu {
     }
 
     fn read_msrs(&self, msrs: &mut Msrs) -> Result<(), EngineError> {
-        let entry = |&index: &u32| kvm_msr_entry { index, ..Default::default() };
+        let entry = |&index: &u32| kvm_msr_entry {
+            index,
+            ..Default::default()
+        };
         let entries: Vec<_> = self.msrs.iter().map(entry).collect();
         let mut list = msr_list(&entries)?;
-        let read = self.fd.get_msrs(&mut list).map_err(|e| host_error("KVM_GET_MSRS", e))?;
+        let read = self
+            .fd
+            .get_msrs(&mut list)
+            .map_err(|e| host_error("KVM_GET_MSRS", e))?;
         if read != entries.len() {
-            return Err(failed("KVM_GET_MSRS", "not every MSR of the CPU state could be read"));
+            return Err(failed(
+                "KVM_GET_MSRS",
+                "not every MSR of the CPU state could be read",
+            ));
         }
         for entry in list.as_slice() {
             if let Some(field) = msrs.field_mut(entry.index) {
@@ -192,7 +257,8 @@ impl Vcpu {
     pub(crate) fn put_extra(&mut self, cpu: &CpuState) -> Result<(), EngineError> {
         let new = Extra::of(cpu);
         let old = self.extra.take();
-        let differs = |same: fn(&Extra, &Extra) -> bool| old.as_ref().is_none_or(|old| !same(old, &new));
+        let differs =
+            |same: fn(&Extra, &Extra) -> bool| old.as_ref().is_none_or(|old| !same(old, &new));
         if differs(|a, b| a.fpu == b.fpu) {
             self.write_fpu(&new.fpu)?;
         }
@@ -201,9 +267,14 @@ impl Vcpu {
         }
         if differs(|a, b| (a.dr, a.dr6, a.dr7) == (b.dr, b.dr6, b.dr7)) {
             let debug = state::debug_to_kvm(cpu);
-            self.fd.set_debug_regs(&debug).map_err(|e| host_error("KVM_SET_DEBUGREGS", e))?;
+            self.fd
+                .set_debug_regs(&debug)
+                .map_err(|e| host_error("KVM_SET_DEBUGREGS", e))?;
         }
-        if old.as_ref().map_or(new.xcr0 != 1, |old| old.xcr0 != new.xcr0) {
+        if old
+            .as_ref()
+            .map_or(new.xcr0 != 1, |old| old.xcr0 != new.xcr0)
+        {
             self.write_xcr0(new.xcr0)?;
         }
         self.extra = Some(new);
@@ -211,7 +282,10 @@ impl Vcpu {
     }
 
     fn write_fpu(&mut self, fpu: &FpuState) -> Result<(), EngineError> {
-        let mut area = self.fd.get_xsave().map_err(|e| host_error("KVM_GET_XSAVE", e))?;
+        let mut area = self
+            .fd
+            .get_xsave()
+            .map_err(|e| host_error("KVM_GET_XSAVE", e))?;
         state::fpu_to_kvm(fpu, &mut area);
         // SAFETY: no dynamically enabled XSAVE feature (AMX) is ever enabled here, so the area's fixed 4 KiB are all KVM reads.
         unsafe { self.fd.set_xsave(&area) }.map_err(|e| host_error("KVM_SET_XSAVE", e))
@@ -221,10 +295,17 @@ impl Vcpu {
         let mut msrs = msrs.clone();
         let entry = |&index: &u32| {
             let data = msrs.field_mut(index).map_or(0, |field| *field);
-            kvm_msr_entry { index, data, ..Default::default() }
+            kvm_msr_entry {
+                index,
+                data,
+                ..Default::default()
+            }
         };
         let entries: Vec<_> = self.msrs.iter().map(entry).collect();
-        let written = self.fd.set_msrs(&msr_list(&entries)?).map_err(|e| host_error("KVM_SET_MSRS", e))?;
+        let written = self
+            .fd
+            .set_msrs(&msr_list(&entries)?)
+            .map_err(|e| host_error("KVM_SET_MSRS", e))?;
         match entries.get(written) {
             None => Ok(()),
             // A KVM may refuse to change this one; the value it has is the one of the CPU models.
@@ -240,9 +321,14 @@ impl Vcpu {
     }
 
     fn write_xcr0(&mut self, value: u64) -> Result<(), EngineError> {
-        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+        let mut xcrs = kvm_xcrs {
+            nr_xcrs: 1,
+            ..Default::default()
+        };
         xcrs.xcrs[0].value = value;
-        self.fd.set_xcrs(&xcrs).map_err(|e| host_error("KVM_SET_XCRS", e))
+        self.fd
+            .set_xcrs(&xcrs)
+            .map_err(|e| host_error("KVM_SET_XCRS", e))
     }
 
     /// At most four hardware breakpoints at these linear addresses; none turns guest debugging off.
@@ -252,13 +338,16 @@ impl Vcpu {
         }
         let mut debug = kvm_guest_debug::default();
         if !at.is_empty() {
-            debug.control = kvm_bindings::KVM_GUESTDBG_ENABLE | kvm_bindings::KVM_GUESTDBG_USE_HW_BP;
+            debug.control =
+                kvm_bindings::KVM_GUESTDBG_ENABLE | kvm_bindings::KVM_GUESTDBG_USE_HW_BP;
         }
         for (n, &addr) in at.iter().take(4).enumerate() {
             debug.arch.debugreg[n] = addr;
             debug.arch.debugreg[7] |= 1 << (2 * n) | 1 << 10;
         }
-        self.fd.set_guest_debug(&debug).map_err(|e| host_error("KVM_SET_GUEST_DEBUG", e))?;
+        self.fd
+            .set_guest_debug(&debug)
+            .map_err(|e| host_error("KVM_SET_GUEST_DEBUG", e))?;
         self.breakpoints = !at.is_empty();
         Ok(())
     }
@@ -292,17 +381,31 @@ impl Vcpu {
             Ok(VcpuExit::IoOut(port, data)) => (port, little_endian(data), true),
             Ok(VcpuExit::IoIn(port, _)) => (port, 0, false),
             Ok(VcpuExit::MmioRead(addr, data)) => {
-                return Ok(KvmExit::Mmio { addr, len: data.len(), write: false, data: 0 });
+                return Ok(KvmExit::Mmio {
+                    addr,
+                    len: data.len(),
+                    write: false,
+                    data: 0,
+                });
             }
             Ok(VcpuExit::MmioWrite(addr, data)) => {
-                return Ok(KvmExit::Mmio { addr, len: data.len(), write: true, data: little_endian(data) });
+                return Ok(KvmExit::Mmio {
+                    addr,
+                    len: data.len(),
+                    write: true,
+                    data: little_endian(data),
+                });
             }
             Ok(VcpuExit::X86Rdmsr(exit)) => return Ok(KvmExit::Rdmsr { msr: exit.index }),
             Ok(VcpuExit::X86Wrmsr(exit)) => {
-                return Ok(KvmExit::Wrmsr { msr: exit.index, value: exit.data });
+                return Ok(KvmExit::Wrmsr {
+                    msr: exit.index,
+                    value: exit.data,
+                });
             }
             Ok(VcpuExit::Hlt) => return Ok(KvmExit::Hlt),
             Ok(VcpuExit::IrqWindowOpen) => return Ok(KvmExit::InterruptWindow),
+            Ok(VcpuExit::SetTpr) => return Ok(KvmExit::TaskPriority),
             Ok(VcpuExit::Shutdown) => return Ok(KvmExit::Shutdown),
             Ok(VcpuExit::Debug(debug)) => return Ok(KvmExit::Debug { pc: debug.pc }),
             Ok(VcpuExit::Intr) => return Ok(KvmExit::Interrupted),
@@ -316,7 +419,13 @@ impl Vcpu {
         let (port, data, write) = exit;
         // SAFETY: KVM_EXIT_IO says that this member of the union is in use.
         let io = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io };
-        Ok(KvmExit::Io { port, size: io.size, count: io.count, write, data: masked(data, io.size) })
+        Ok(KvmExit::Io {
+            port,
+            size: io.size,
+            count: io.count,
+            write,
+            data: masked(data, io.size),
+        })
     }
 
     fn internal_error(&mut self) -> KvmExit {
@@ -325,8 +434,14 @@ impl Vcpu {
         if internal.suberror == SUBERROR_EMULATION {
             return KvmExit::Unemulated;
         }
-        let data = internal.data.get(..internal.ndata as usize).unwrap_or(&internal.data);
-        KvmExit::Failed(format!("KVM internal error {} {data:x?}", internal.suberror))
+        let data = internal
+            .data
+            .get(..internal.ndata as usize)
+            .unwrap_or(&internal.data);
+        KvmExit::Failed(format!(
+            "KVM internal error {} {data:x?}",
+            internal.suberror
+        ))
     }
 
     /// RFLAGS.IF as of the last exit.
@@ -353,7 +468,12 @@ impl Vcpu {
         for i in 0..usize::from(io.size) * io.count as usize {
             let byte = bytes.get(i).copied().unwrap_or(0);
             // SAFETY: KVM placed `count` elements of `size` bytes at `data_offset` inside the mapping of `kvm_run`.
-            unsafe { start.cast::<u8>().add(io.data_offset as usize + i).write(byte) };
+            unsafe {
+                start
+                    .cast::<u8>()
+                    .add(io.data_offset as usize + i)
+                    .write(byte)
+            };
         }
     }
 
@@ -385,33 +505,52 @@ fn same_events(held: &kvm_vcpu_events, wanted: &kvm_vcpu_events) -> bool {
         && held.interrupt.injected == 0
         && held.nmi.injected == 0
         && held.nmi.pending == 0;
-    quiet && held.interrupt.shadow == wanted.interrupt.shadow && held.nmi.masked == wanted.nmi.masked
+    quiet
+        && held.interrupt.shadow == wanted.interrupt.shadow
+        && held.nmi.masked == wanted.nmi.masked
 }
 
 fn msr_list(entries: &[kvm_msr_entry]) -> Result<KvmMsrs, EngineError> {
-    KvmMsrs::from_entries(entries).map_err(|_| failed("KVM_GET_MSRS", "the list of MSRs is too long"))
+    KvmMsrs::from_entries(entries)
+        .map_err(|_| failed("KVM_GET_MSRS", "the list of MSRs is too long"))
 }
 
 /// Up to eight bytes as a number.
 fn little_endian(data: &[u8]) -> u64 {
-    data.iter().take(8).rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
+    data.iter()
+        .take(8)
+        .rev()
+        .fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
 
 fn masked(value: u64, size: u8) -> u64 {
-    if size >= 8 { value } else { value & ((1 << (8 * u32::from(size))) - 1) }
+    if size >= 8 {
+        value
+    } else {
+        value & ((1 << (8 * u32::from(size))) - 1)
+    }
 }
 
 /// A KVM ioctl that failed.
 pub(crate) fn host_error(operation: &'static str, errno: kvm_ioctls::Error) -> EngineError {
-    EngineError::Host { operation, source: io::Error::from_raw_os_error(errno.errno()) }
+    EngineError::Host {
+        operation,
+        source: io::Error::from_raw_os_error(errno.errno()),
+    }
 }
 
 /// A system call that failed just now.
 pub(crate) fn host_errno(operation: &'static str) -> EngineError {
-    EngineError::Host { operation, source: io::Error::last_os_error() }
+    EngineError::Host {
+        operation,
+        source: io::Error::last_os_error(),
+    }
 }
 
 /// A failure that has no errno.
 pub(crate) fn failed(operation: &'static str, why: &'static str) -> EngineError {
-    EngineError::Host { operation, source: io::Error::other(why) }
+    EngineError::Host {
+        operation,
+        source: io::Error::other(why),
+    }
 }

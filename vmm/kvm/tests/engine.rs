@@ -10,8 +10,8 @@ use machine::engine::{Answer, Engine, EngineError, Entry, Until};
 use x86::exit::AccessData;
 use x86::regs::rflags;
 use x86::{
-    Activity, CpuModel, CpuState, Exit, Gpr, GuestPhysAddr, InterruptShadow, PageFrame, Position, Segment,
-    SegmentRegister, VcpuId,
+    Activity, CpuModel, CpuState, Exit, Gpr, GuestPhysAddr, InterruptShadow, PageFrame, Position,
+    Segment, SegmentRegister, VcpuId,
 };
 
 type Write = fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>;
@@ -45,9 +45,27 @@ fn port_accesses_exit_with_their_data_and_take_answers() {
         return;
     };
     let out = run(&mut engine, Answer::None);
-    assert_eq!(out, Exit::IoOut { port: 0x80, data: AccessData { value: 0x5678, size: 2 } });
-    assert_eq!(run(&mut engine, Answer::None), Exit::IoIn { port: 0x64, size: 4 });
-    assert_eq!(complete(&mut engine, Answer::Data(0xaabb_ccdd)), Exit::BoundReached);
+    assert_eq!(
+        out,
+        Exit::IoOut {
+            port: 0x80,
+            data: AccessData {
+                value: 0x5678,
+                size: 2
+            }
+        }
+    );
+    assert_eq!(
+        run(&mut engine, Answer::None),
+        Exit::IoIn {
+            port: 0x64,
+            size: 4
+        }
+    );
+    assert_eq!(
+        complete(&mut engine, Answer::Data(0xaabb_ccdd)),
+        Exit::BoundReached
+    );
     let cpu = engine.state(CPU).expect("state");
     assert_eq!(cpu.regs[Gpr::Rax], 0xaabb_ccdd);
     assert_eq!(run(&mut engine, Answer::None), Exit::Hlt);
@@ -64,9 +82,15 @@ fn the_state_may_not_be_asked_for_in_the_middle_of_an_instruction() {
     };
     run(&mut engine, Answer::None);
     assert!(matches!(engine.state(CPU), Err(EngineError::OutOfOrder(_))));
-    assert!(matches!(engine.set_state(CPU, &kernel()), Err(EngineError::OutOfOrder(_))));
+    assert!(matches!(
+        engine.set_state(CPU, &kernel()),
+        Err(EngineError::OutOfOrder(_))
+    ));
     let missing = engine.run(CPU, Entry::default(), Until::Exit);
-    assert!(matches!(missing, Err(EngineError::OutOfOrder(_))), "an IN needs its value");
+    assert!(
+        matches!(missing, Err(EngineError::OutOfOrder(_))),
+        "an IN needs its value"
+    );
 }
 
 #[test]
@@ -79,12 +103,33 @@ fn mmio_is_read_modified_and_written_in_two_exits() {
         return;
     };
     let at = |offset| GuestPhysAddr::new(DEVICE_ADDR + offset);
-    assert_eq!(run(&mut engine, Answer::None), Exit::MmioRead { addr: at(0), size: 4 });
-    let write = Exit::MmioWrite { addr: at(0), data: AccessData { value: 12, size: 4 } };
+    assert_eq!(
+        run(&mut engine, Answer::None),
+        Exit::MmioRead {
+            addr: at(0),
+            size: 4
+        }
+    );
+    let write = Exit::MmioWrite {
+        addr: at(0),
+        data: AccessData { value: 12, size: 4 },
+    };
     assert_eq!(complete(&mut engine, Answer::Data(7)), write);
-    assert_eq!(run(&mut engine, Answer::None), Exit::MmioRead { addr: at(8), size: 8 });
-    assert_eq!(complete(&mut engine, Answer::Data(u64::MAX - 1)), Exit::BoundReached);
-    assert_eq!(engine.state(CPU).expect("state").regs[Gpr::Rax], u64::MAX - 1);
+    assert_eq!(
+        run(&mut engine, Answer::None),
+        Exit::MmioRead {
+            addr: at(8),
+            size: 8
+        }
+    );
+    assert_eq!(
+        complete(&mut engine, Answer::Data(u64::MAX - 1)),
+        Exit::BoundReached
+    );
+    assert_eq!(
+        engine.state(CPU).expect("state").regs[Gpr::Rax],
+        u64::MAX - 1
+    );
 }
 
 #[test]
@@ -105,7 +150,10 @@ fn other_msrs_exit_and_those_of_the_state_do_not() {
     };
     assert_eq!(run(&mut engine, Answer::None), Exit::Rdmsr { msr: 0x10 });
     let answer = Answer::MsrValue(0x5_0000_0077);
-    let write = Exit::Wrmsr { msr: 0x8b, value: 0x5_0000_0077 };
+    let write = Exit::Wrmsr {
+        msr: 0x8b,
+        value: 0x5_0000_0077,
+    };
     assert_eq!(run(&mut engine, answer), write);
     assert_eq!(run(&mut engine, Answer::MsrAccepted), Exit::Hlt);
     let cpu = engine.state(CPU).expect("state");
@@ -138,7 +186,10 @@ fn every_part_of_the_state_goes_through_kvm_and_back() {
     cpu.cr2 = 0xdead_b000;
     cpu.cr8 = 3;
     cpu.segment_mut(SegmentRegister::Fs).base = 0x7f00_0000_1000;
-    *cpu.segment_mut(SegmentRegister::Gs) = Segment { base: 0xffff_8881_0000_0000, ..Segment::default() };
+    *cpu.segment_mut(SegmentRegister::Gs) = Segment {
+        base: 0xffff_8881_0000_0000,
+        ..Segment::default()
+    };
     *cpu.segment_mut(SegmentRegister::Es) = Segment::default();
     engine.set_state(CPU, &cpu).expect("set");
     assert_eq!(engine.state(CPU).expect("not run yet"), cpu);
@@ -203,7 +254,9 @@ fn a_kick_while_an_exit_is_owed_comes_after_its_completion() {
 
 #[test]
 fn kickers_outlive_their_engine() {
-    let Some((engine, _)) = ring0(|a| a.hlt()) else { return };
+    let Some((engine, _)) = ring0(|a| a.hlt()) else {
+        return;
+    };
     let kicker = engine.kicker(CPU).expect("kicker");
     drop(engine);
     kicker.kick();
@@ -223,7 +276,10 @@ fn pages_written_are_reported_once() {
     engine.memory_written(GuestPhysAddr::new(0x10_0000), 1);
     let dirty = engine.take_dirty().expect("dirty");
     for addr in [DATA, 0x10_0000] {
-        assert!(dirty.contains(&PageFrame::containing(GuestPhysAddr::new(addr))), "{addr:#x}");
+        assert!(
+            dirty.contains(&PageFrame::containing(GuestPhysAddr::new(addr))),
+            "{addr:#x}"
+        );
     }
     assert!(!dirty.contains(&PageFrame::containing(GuestPhysAddr::new(DATA + 0x1000))));
     assert!(engine.take_dirty().expect("again").is_empty());
@@ -240,9 +296,19 @@ fn a_halted_cpu_waits_until_an_interrupt_can_be_injected() {
     };
     assert_eq!(run(&mut engine, Answer::None), Exit::Hlt);
     assert!(engine.interrupts_enabled(CPU).expect("IF"));
-    assert_eq!(run(&mut engine, Answer::None), Exit::Kicked, "nothing has woken it");
-    let entry = Entry { interrupt_window: true, ..Entry::default() };
-    assert_eq!(engine.run(CPU, entry, Until::Exit).expect("run"), Exit::InterruptWindow);
+    assert_eq!(
+        run(&mut engine, Answer::None),
+        Exit::Kicked,
+        "nothing has woken it"
+    );
+    let entry = Entry {
+        interrupt_window: true,
+        ..Entry::default()
+    };
+    assert_eq!(
+        engine.run(CPU, entry, Until::Exit).expect("run"),
+        Exit::InterruptWindow
+    );
     assert_eq!(engine.state(CPU).expect("state").regs.rip, CODE + 2);
 }
 
@@ -250,13 +316,25 @@ fn a_halted_cpu_waits_until_an_interrupt_can_be_injected() {
 fn the_power_on_state_runs_real_mode() {
     let memory = GuestMemory::new(1 << 20).expect("memory");
     // mov ax, 1234h; add ax, 1; out 80h, ax; hlt
-    put(&memory, 0x1000, &[0xb8, 0x34, 0x12, 0x05, 0x01, 0x00, 0xe7, 0x80, 0xf4]);
-    let Some(mut engine) = engine(&memory) else { return };
+    put(
+        &memory,
+        0x1000,
+        &[0xb8, 0x34, 0x12, 0x05, 0x01, 0x00, 0xe7, 0x80, 0xf4],
+    );
+    let Some(mut engine) = engine(&memory) else {
+        return;
+    };
     let mut cpu = CpuState::default();
     *cpu.segment_mut(SegmentRegister::Cs) = Segment::real_mode(0x100, true);
     cpu.regs.rip = 0;
     engine.set_state(CPU, &cpu).expect("state");
-    let out = Exit::IoOut { port: 0x80, data: AccessData { value: 0x1235, size: 2 } };
+    let out = Exit::IoOut {
+        port: 0x80,
+        data: AccessData {
+            value: 0x1235,
+            size: 2,
+        },
+    };
     assert_eq!(run(&mut engine, Answer::None), out);
     assert_eq!(run(&mut engine, Answer::None), Exit::Hlt);
     assert_eq!(engine.state(CPU).expect("state").regs.rip, 9);
@@ -264,26 +342,45 @@ fn the_power_on_state_runs_real_mode() {
 
 #[test]
 fn an_interrupt_shadow_is_part_of_the_state() {
-    let Some((mut engine, _)) = ring0(|a| a.hlt()) else { return };
+    let Some((mut engine, _)) = ring0(|a| a.hlt()) else {
+        return;
+    };
     let mut cpu = kernel();
     cpu.regs.rflags |= rflags::IF;
     cpu.shadow = InterruptShadow::Sti;
     engine.set_state(CPU, &cpu).expect("state");
-    assert_eq!(engine.state(CPU).expect("state").shadow, InterruptShadow::Sti);
-    let entry = Entry { interrupt_window: true, ..Entry::default() };
+    assert_eq!(
+        engine.state(CPU).expect("state").shadow,
+        InterruptShadow::Sti
+    );
+    let entry = Entry {
+        interrupt_window: true,
+        ..Entry::default()
+    };
     let exit = engine.run(CPU, entry, Until::Completed).expect("run");
     assert_eq!(exit, Exit::BoundReached, "no window in the shadow of STI");
 }
 
 #[test]
 fn what_the_engine_cannot_do_is_an_error() {
-    let Some((mut engine, _)) = ring0(|a| a.hlt()) else { return };
+    let Some((mut engine, _)) = ring0(|a| a.hlt()) else {
+        return;
+    };
     let until = Until::Position(Position::at(5));
     let counted = engine.run(CPU, Entry::default(), until);
     assert!(matches!(counted, Err(EngineError::CannotCount("kvm"))));
-    let controls = x86::ExitControls { cr3_load_exiting: true, ..Default::default() };
-    assert!(matches!(engine.set_controls(&controls), Err(EngineError::Unsupported { .. })));
-    assert!(matches!(engine.state(VcpuId(1)), Err(EngineError::NoSuchVcpu(_))));
+    let controls = x86::ExitControls {
+        cr3_load_exiting: true,
+        ..Default::default()
+    };
+    assert!(matches!(
+        engine.set_controls(&controls),
+        Err(EngineError::Unsupported { .. })
+    ));
+    assert!(matches!(
+        engine.state(VcpuId(1)),
+        Err(EngineError::NoSuchVcpu(_))
+    ));
     assert_eq!(engine.position(), None);
 }
 

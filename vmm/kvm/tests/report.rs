@@ -6,7 +6,10 @@ fn every_deviation_comes_with_a_measure() {
         Ok(report) => report,
         Err(error) => return eprintln!("skipped: {error}"),
     };
-    println!("{} memory slots, {} virtual CPUs", report.memory_slots, report.max_vcpus);
+    println!(
+        "{} memory slots, {} virtual CPUs",
+        report.memory_slots, report.max_vcpus
+    );
     for (what, measure) in report.quirks.describe() {
         println!("{what}: {measure}");
         assert!(!measure.is_empty(), "{what}");

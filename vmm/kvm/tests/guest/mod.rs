@@ -63,12 +63,16 @@ pub(crate) fn engine(memory: &GuestMemory) -> Option<KvmEngine> {
 }
 
 pub(crate) fn put(memory: &GuestMemory, addr: u64, bytes: &[u8]) {
-    memory.write(GuestPhysAddr::new(addr), bytes).expect("in RAM");
+    memory
+        .write(GuestPhysAddr::new(addr), bytes)
+        .expect("in RAM");
 }
 
 pub(crate) fn get_u64(memory: &GuestMemory, addr: u64) -> u64 {
     let mut bytes = [0; 8];
-    memory.read(GuestPhysAddr::new(addr), &mut bytes).expect("in RAM");
+    memory
+        .read(GuestPhysAddr::new(addr), &mut bytes)
+        .expect("in RAM");
     u64::from_le_bytes(bytes)
 }
 
@@ -90,7 +94,10 @@ pub(crate) fn memory() -> GuestMemory {
     put_u64(TSS + 0x66, 0x68);
     for vector in 0..256 {
         let stub = STUBS + 2 * vector;
-        put_u64(IDT + 16 * vector, stub & 0xffff | u64::from(KERNEL_CS) << 16 | 0xee00 << 32);
+        put_u64(
+            IDT + 16 * vector,
+            stub & 0xffff | u64::from(KERNEL_CS) << 16 | 0xee00 << 32,
+        );
         put(&memory, stub, &[0xf4, 0x90]);
     }
     put(&memory, SYSCALL_ENTRY, &[0xf4]);
@@ -108,15 +115,24 @@ pub(crate) fn kernel() -> CpuState {
     cpu.regs[Gpr::Rsp] = STACK - 256;
     cpu.segments = [Segment::flat(KERNEL_DS, 0xc093); 6];
     *cpu.segment_mut(SegmentRegister::Cs) = Segment::flat(KERNEL_CS, 0xa09b);
-    cpu.gdtr = DescriptorTable { base: GDT, limit: 79 };
-    cpu.idtr = DescriptorTable { base: IDT, limit: 4095 };
+    cpu.gdtr = DescriptorTable {
+        base: GDT,
+        limit: 79,
+    };
+    cpu.idtr = DescriptorTable {
+        base: IDT,
+        limit: 4095,
+    };
     cpu.tr = Segment {
         selector: TSS_SELECTOR,
         base: TSS,
         limit: 0x67,
         attributes: SegmentAttributes::from_bits(0x8b),
     };
-    cpu.ldtr = Segment { attributes: SegmentAttributes::UNUSABLE, ..Segment::default() };
+    cpu.ldtr = Segment {
+        attributes: SegmentAttributes::UNUSABLE,
+        ..Segment::default()
+    };
     cpu.msrs.star = u64::from(USER_CS - 16) << 48 | u64::from(KERNEL_CS) << 32;
     cpu.msrs.lstar = SYSCALL_ENTRY;
     cpu
@@ -144,11 +160,17 @@ pub(crate) fn assemble(
 }
 
 pub(crate) fn run(engine: &mut dyn Engine, answer: Answer) -> Exit {
-    let entry = Entry { answer, ..Entry::default() };
+    let entry = Entry {
+        answer,
+        ..Entry::default()
+    };
     engine.run(CPU, entry, Until::Exit).expect("run")
 }
 
 pub(crate) fn complete(engine: &mut dyn Engine, answer: Answer) -> Exit {
-    let entry = Entry { answer, ..Entry::default() };
+    let entry = Entry {
+        answer,
+        ..Entry::default()
+    };
     engine.run(CPU, entry, Until::Completed).expect("complete")
 }
