@@ -11,7 +11,7 @@ use crate::prompts::{Overlay, Question};
 use introspect::disassembly::{Code, Line};
 use introspect::page_walk::explain;
 use introspect::virtual_memory::{read_available, translate};
-use machine::debuggable::{DebugError, Debuggable, Resume, Stop};
+use machine::debuggable::{DebugError, Debuggable, EventView, Resume, Stop};
 use machine::engine::EngineError;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -36,6 +36,8 @@ pub(crate) enum Job {
     ContinueBack,
     /// To a position, back or forward.
     Seek(Position),
+    /// To where an event arrives, which is known once the machine has passed it.
+    SeekEvent(u64),
 }
 
 impl Job {
@@ -171,6 +173,19 @@ impl App<'_> {
                 self.stopped(machine, &stop);
                 Ok(())
             }
+            Job::SeekEvent(index) => {
+                let position = event(machine, index).and_then(|event| event.position);
+                if let Some(position) = position {
+                    self.job = Some(Job::Seek(position));
+                    return Ok(());
+                }
+                let stop = machine.resume(Resume::Continue, slice)?;
+                let passed = event(machine, index).is_some_and(|event| event.position.is_some());
+                if !passed {
+                    self.stopped(machine, &stop);
+                }
+                Ok(())
+            }
             Job::ContinueBack => {
                 let stop = past(machine)?.continue_back(slice)?;
                 self.stopped(machine, &stop);
@@ -285,7 +300,7 @@ impl App<'_> {
         }
         self.before.clone_from(&self.view.items);
         let stops = match job {
-            Job::RunToEnd => machine.set_breakpoints(&BTreeSet::new()),
+            Job::RunToEnd | Job::SeekEvent(_) => machine.set_breakpoints(&BTreeSet::new()),
             Job::Finish(over) => self.set_stops(machine, Some(over.to)),
             _ => self.set_stops(machine, None),
         };
@@ -392,7 +407,7 @@ impl App<'_> {
     fn answer(&mut self, machine: &mut dyn Debuggable, question: Question, answer: &str) {
         if question == Question::Position {
             return match place(machine, answer) {
-                Ok(position) => self.start(machine, Job::Seek(position)),
+                Ok(job) => self.start(machine, job),
                 Err(error) => self.complain(error),
             };
         }
@@ -437,23 +452,25 @@ fn past(machine: &mut dyn Debuggable) -> Result<&mut dyn machine::debuggable::Re
         .ok_or_else(|| DebugError::Refused("this machine keeps no past to go back to".to_owned()))
 }
 
-/// The position that text means: `12345`, `12,345+2`, or `#7` for where event 7 arrived.
-fn place(machine: &dyn Debuggable, text: &str) -> Result<Position, String> {
+/// The journey that text means: to `12345` or `12,345+2`, or to where event `#7` arrives.
+fn place(machine: &dyn Debuggable, text: &str) -> Result<Job, String> {
     let text = text.trim().replace([',', '_'], "");
     let Some(number) = text.strip_prefix('#') else {
-        return text
-            .parse()
-            .map_err(|error: x86::ParsePositionError| error.to_string());
+        let position = text
+            .parse::<Position>()
+            .map_err(|error| error.to_string())?;
+        return Ok(Job::Seek(position));
     };
-    let events = machine.events();
-    let event = number
-        .parse::<u64>()
+    number
+        .parse()
         .ok()
-        .and_then(|number| events.iter().find(|event| event.index == number))
-        .ok_or_else(|| format!("no event {text}; there are {}", events.len()))?;
-    event.position.ok_or_else(|| {
-        format!("where event {text} arrives is known only once the machine has passed it")
-    })
+        .filter(|&number| event(machine, number).is_some())
+        .map(Job::SeekEvent)
+        .ok_or_else(|| format!("no event {text}; there are {}", machine.events().len()))
+}
+
+fn event(machine: &dyn Debuggable, index: u64) -> Option<&EventView> {
+    machine.events().iter().find(|event| event.index == index)
 }
 
 /// Memory in hexadecimal and as text, as far as it can be read.

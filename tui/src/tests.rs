@@ -228,9 +228,17 @@ fn travelling_goes_to_positions_and_events() {
     assert_eq!(position(&desk), Some(20));
     desk.keys("t#0\n");
     assert_eq!(position(&desk), Some(7), "back to where event 0 arrived");
+    desk.keys("Bprint\nt#2\n");
     assert_eq!(
-        desk.keys("t#3\n").message(),
-        "where event #3 arrives is known only once the machine has passed it"
+        position(&desk),
+        Some(21),
+        "on past breakpoints, then back to where event 2 arrived"
+    );
+    assert_eq!(desk.app.breakpoints.len(), 1, "which are still there");
+    let message = desk.keys("t#3\n").message();
+    assert_eq!(
+        message, "the guest ended: debug exit with 3",
+        "event 3 never arrives"
     );
     assert_eq!(desk.keys("t#44\n").message(), "no event #44; there are 4");
     assert!(desk.keys("tx\n").message().contains("not a position"));

@@ -56,7 +56,7 @@ pub(super) fn title(app: &App<'_>, machine: &dyn Debuggable, width: u16) -> Para
 /// What the machine does: running, stopped, ended.
 fn doing(app: &App<'_>, machine: &dyn Debuggable) -> String {
     match (&app.job, &app.failed, machine.end()) {
-        (Some(Job::Seek(_)), _, _) => "TRAVELLING".to_owned(),
+        (Some(Job::Seek(_) | Job::SeekEvent(_)), _, _) => "TRAVELLING".to_owned(),
         (Some(job), _, _) if job.needs_past() => "GOING BACK".to_owned(),
         (Some(_), _, _) => "RUNNING".to_owned(),
         (None, Some(_), _) => "FAILED".to_owned(),
