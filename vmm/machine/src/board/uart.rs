@@ -65,6 +65,9 @@ pub(super) struct Uart {
     divisor: u16,
     /// The transmitter-empty interrupt is owed.
     thre_pending: bool,
+    /// The guest has looked for input; before that all of it waits in the queue, so that what was typed ahead is not lost when a
+    /// driver clears the FIFO to begin with.
+    listening: bool,
     fifo: VecDeque<u8>,
     queue: VecDeque<u8>,
 }
@@ -84,6 +87,7 @@ impl Device for Uart {
             scratch: _,
             divisor: _,
             thre_pending: _,
+            listening,
             fifo,
             queue,
         } = self;
@@ -96,7 +100,7 @@ impl Device for Uart {
         if fifo.len() > self.capacity() || queue.len() > QUEUE_LIMIT {
             return Err("more input than fits");
         }
-        if !queue.is_empty() && fifo.len() < self.capacity() {
+        if *listening && !queue.is_empty() && fifo.len() < self.capacity() {
             return Err("input waits although there is room");
         }
         Ok(())
@@ -115,6 +119,7 @@ impl Uart {
             scratch: 0,
             divisor: 12, // 9600 baud
             thre_pending: false,
+            listening: false,
             fifo: VecDeque::new(),
             queue: VecDeque::new(),
         }
@@ -140,7 +145,7 @@ impl Uart {
     /// Bytes arrive on the line.
     pub(super) fn receive(&mut self, bytes: &[u8]) {
         for &byte in bytes {
-            if self.fifo.len() < self.capacity() {
+            if self.listening && self.fifo.len() < self.capacity() {
                 self.fifo.push_back(byte);
             } else if self.queue.len() < QUEUE_LIMIT {
                 self.queue.push_back(byte);
@@ -152,11 +157,24 @@ impl Uart {
 
     /// Bytes that can be received now without loss.
     pub(super) fn room(&self) -> usize {
-        (QUEUE_LIMIT + self.capacity()).saturating_sub(self.queue.len() + self.fifo.len())
+        let fifo = if self.listening {
+            self.capacity() - self.fifo.len()
+        } else {
+            0
+        };
+        fifo + QUEUE_LIMIT - self.queue.len()
+    }
+
+    /// The guest looks for input.
+    fn listen(&mut self) {
+        if !self.listening {
+            self.listening = true;
+            self.refill();
+        }
     }
 
     fn refill(&mut self) {
-        while self.fifo.len() < self.capacity() {
+        while self.listening && self.fifo.len() < self.capacity() {
             let Some(byte) = self.queue.pop_front() else {
                 return;
             };
@@ -202,6 +220,7 @@ impl Uart {
             (0, true) => divisor_low,
             (1, true) => divisor_high,
             (0, false) => {
+                self.listen();
                 let byte = self.fifo.pop_front().unwrap_or(0);
                 self.refill();
                 byte
@@ -221,6 +240,7 @@ impl Uart {
             (3, _) => self.lcr,
             (4, _) => self.mcr,
             (5, _) => {
+                self.listen();
                 let overrun = std::mem::take(&mut self.overrun);
                 LSR_EMPTY
                     | if self.fifo.is_empty() { 0 } else { LSR_DR }
@@ -242,6 +262,9 @@ impl Uart {
                 // The transmitter is empty: enabling its interrupt raises it.
                 self.thre_pending |= value & !self.ier & IER_THRE != 0;
                 self.ier = value & IER_MASK;
+                if value & IER_RDA != 0 {
+                    self.listen();
+                }
             }
             (2, _) => self.write_fcr(value),
             (3, _) => self.lcr = value,
@@ -335,6 +358,8 @@ mod tests {
     #[test]
     fn too_much_input_is_an_overrun() {
         let mut uart = Uart::new();
+        assert_eq!(uart.room(), QUEUE_LIMIT);
+        uart.listen();
         assert_eq!(uart.room(), QUEUE_LIMIT + 1);
         uart.receive(&vec![7; QUEUE_LIMIT + 1]);
         assert_eq!(uart.room(), 0);
@@ -398,11 +423,29 @@ mod tests {
     #[test]
     fn enabling_the_fifo_clears_the_receiver() {
         let mut uart = Uart::new();
+        uart.listen();
         uart.receive(b"a");
         uart.write(2, FCR_ENABLE);
         assert_eq!(received(&mut uart), b"");
         uart.receive(b"b");
         uart.write(2, FCR_ENABLE | FCR_CLEAR_RECEIVER);
         assert_eq!(received(&mut uart), b"");
+    }
+
+    #[test]
+    fn what_was_typed_ahead_survives_the_drivers_first_reset() {
+        let mut uart = Uart::new();
+        uart.receive(b"typed ahead");
+        assert!(!uart.irq());
+        uart.write(2, FCR_ENABLE | FCR_CLEAR_RECEIVER);
+        assert_eq!(received(&mut uart), b"typed ahead");
+        let mut uart = Uart::new();
+        uart.receive(b"x");
+        uart.write(2, FCR_ENABLE | FCR_CLEAR_RECEIVER);
+        uart.write(1, IER_RDA);
+        assert!(
+            uart.irq(),
+            "a driver that only waits for the interrupt listens too"
+        );
     }
 }
