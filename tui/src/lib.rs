@@ -6,7 +6,7 @@
 //! way out: quitting, errors, panics and signals. What the guest wrote never reaches the terminal as control characters.
 //! Elsewhere: what is shown (`introspect`), who executes (`machine` and the engines), gdb (`gdb-bridge`).
 //!
-//! The parts: [`app`] holds the state, [`keys`] changes it, [`jobs`] moves the machine, [`layout`] and [`panels`] draw, [`terminal`] owns the
+//! The parts: `app` holds the state, `keys` changes it, `jobs` moves the machine, `layout` and `panels` draw, `terminal` owns the
 //! terminal.
 
 mod app;
