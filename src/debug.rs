@@ -6,6 +6,7 @@ use crate::replay_command::{go_to, open};
 use introspect::symbols::Symbols;
 use replay::timeline::Timeline;
 use std::io::Write;
+use tui::TuiError;
 
 /// Runs the command.
 pub fn run(arguments: &DebugArguments, out: &mut dyn Write) -> Result<u8, Failure> {
@@ -16,7 +17,13 @@ pub fn run(arguments: &DebugArguments, out: &mut dyn Write) -> Result<u8, Failur
         let text = tui::render_text(&mut timeline, &symbols, columns, rows)?;
         out.write_all(text.as_bytes())?;
     } else {
-        tui::run(&mut timeline, &symbols, tui::Options::default())?;
+        match tui::run(&mut timeline, &symbols, tui::Options::default()) {
+            // The status of a process that a signal ended, as shells have it.
+            Err(TuiError::Signal(number)) => {
+                return Ok(u8::try_from(128 + number).unwrap_or(u8::MAX));
+            }
+            result => result?,
+        }
     }
     Ok(0)
 }

@@ -44,7 +44,7 @@ pub fn run(arguments: &ReplayArguments) -> Result<u8, Failure> {
 
 /// Opens a trace on the engine that counts.
 pub fn open(file: &Path) -> Result<Timeline, Failure> {
-    Timeline::open(file, &engines::soft).doing(|| format!("cannot replay {}", file.display()))
+    Ok(Timeline::open(file, &engines::soft)?)
 }
 
 /// Moves to a place that was asked for; the end, if that comes first.

@@ -156,8 +156,8 @@ fn print_dump(file: &Path, json: bool, out: &mut dyn Write) -> Result<u8, Failur
 fn line(record: &Value) -> String {
     let mut text = format!(
         "{:>6} after {:>8} {:<10}",
-        record["index"],
-        record["after"],
+        record["index"].to_string(),
+        record["after"].to_string(),
         record["record"].as_str().unwrap_or_default()
     );
     for (name, value) in record.as_object().into_iter().flatten() {
@@ -165,8 +165,9 @@ fn line(record: &Value) -> String {
             continue;
         }
         match value {
-            Value::Array(items) => text += &format!(" {name}: {} items", items.len()),
-            Value::Object(fields) if fields.len() > 2 => text += &format!(" {name}: ..."),
+            Value::Null => {}
+            Value::Array(items) => text += &format!(" {} {name}", items.len()),
+            Value::Object(fields) if fields.len() > 2 => text += &inner(value),
             Value::Object(fields) => {
                 for (kind, value) in fields {
                     text += &format!(" {name}: {kind}{}", inner(value));
