@@ -53,9 +53,10 @@ pub(crate) fn decode(stubs: &mut Stubs, bits: u32, bytes: &[u8], ip: u64) -> Dec
     };
     if instruction.is_invalid() {
         if decoder.last_error() == DecoderError::NoMoreBytes {
-            if bytes.len() < MAX_LEN {
-                return Decoded::Short;
-            }
+            return Decoded::Short;
+        }
+        if instruction.len() == MAX_LEN {
+            // The decoder gave up at the fifteenth byte.
             op.kind = Kind::TooLong;
         }
         return Decoded::Op(Box::new(op));
