@@ -43,11 +43,11 @@ impl fmt::Display for Failure {
         let mut said = self.doing.clone();
         while let Some(error) = cause {
             let text = error.to_string();
-            // Transparent errors repeat their source's text.
-            if !said.ends_with(&text) {
+            // Many errors have their source's text in their own.
+            if !said.contains(&text) {
                 write!(f, ": {text}")?;
+                said = text;
             }
-            said = text;
             cause = error.source();
         }
         Ok(())
