@@ -106,7 +106,6 @@ pub struct RunArguments {
     pub guest: GuestArguments,
     #[command(flatten)]
     pub stats: StatsArguments,
-    /// Start stopped and wait for gdb here (loopback unless --gdb-allow-remote is given).
     #[command(flatten)]
     pub gdb: GdbArguments,
 }
@@ -123,7 +122,7 @@ pub struct StatsArguments {
 
 #[derive(Args, Debug)]
 pub struct GdbArguments {
-    /// Wait for gdb at this address before the first instruction: HOST:PORT, a port, or unix:PATH.
+    /// Stay stopped and wait for gdb at this address: HOST:PORT, a port, or unix:PATH [without one: 127.0.0.1:1234].
     #[arg(long, value_name = "ADDR", num_args = 0..=1, default_missing_value = "127.0.0.1:1234")]
     pub gdb: Option<String>,
     /// Let --gdb listen on an address other machines can reach. Whoever connects controls the guest.
