@@ -103,11 +103,13 @@ fn engine(program: fn(&mut CodeAssembler) -> Result<(), IcedError>) -> SoftEngin
     memory
         .write(GuestPhysAddr::new(CODE), &code)
         .expect("in RAM");
-    let mut cpu = CpuState::default();
-    cpu.cr0 = Cr0::PE | Cr0::PG | Cr0::ET | Cr0::NE | Cr0::WP;
-    cpu.cr3 = 0x1000;
-    cpu.cr4 = Cr4::PAE | Cr4::OSFXSR;
-    cpu.efer = Efer::LME | Efer::LMA;
+    let mut cpu = CpuState {
+        cr0: Cr0::PE | Cr0::PG | Cr0::ET | Cr0::NE | Cr0::WP,
+        cr3: 0x1000,
+        cr4: Cr4::PAE | Cr4::OSFXSR,
+        efer: Efer::LME | Efer::LMA,
+        ..CpuState::default()
+    };
     for which in SegmentRegister::ALL {
         *cpu.segment_mut(which) = Segment::flat(0x10, 0xc093);
     }

@@ -18,6 +18,8 @@ const PAGE: usize = 4096;
 const CHUNK: usize = 64;
 /// Decoded instructions held before everything is forgotten: some 200 MB.
 const MAX_OPS: usize = 1 << 20;
+/// Pages held: some 200 MB of indices.
+const MAX_PAGES: usize = 1 << 14;
 /// Instructions that cross pages held at once.
 const MAX_CROSSING: usize = 1 << 14;
 
@@ -96,11 +98,18 @@ impl Code {
     }
 
     /// The page's number, for [`Self::cached`] and [`Self::decode`].
-    pub(crate) fn page(&mut self, mem: &Memory, addr: u64, bits: u8) -> u32 {
+    pub(crate) fn page(&mut self, mem: &mut Memory, addr: u64, bits: u8) -> u32 {
         let addr = addr & !0xfff;
         let number = match self.by_address.get(&(addr, bits)) {
             Some(&number) => number,
             None => {
+                if self.pages.len() >= MAX_PAGES {
+                    self.flush(mem);
+                    self.pages.clear();
+                    self.by_address.clear();
+                    // Page numbers are given anew: windows on the old ones must close.
+                    mem.epoch += 1;
+                }
                 let number = self.pages.len() as u32;
                 self.pages.push(CodePage {
                     addr,
@@ -251,7 +260,7 @@ impl Code {
         self.forget_all();
     }
 
-    /// Forgets every operation and stub. Pages keep their numbers.
+    /// Forgets every operation and stub. Pages keep their numbers and marks.
     fn forget_all(&mut self) {
         for page in &mut self.pages {
             page.forget();

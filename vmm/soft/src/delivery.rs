@@ -364,5 +364,5 @@ impl Guest<'_> {
 
 /// The error code that names an IDT entry.
 fn idt_code(event: Event) -> u32 {
-    8 * u32::from(event.vector().0) | 2 | event.ext()
+    (8 * u32::from(event.vector().0)) | 2 | event.ext()
 }

@@ -198,11 +198,13 @@ fn guest() -> (GuestMemory, CpuState) {
     for (n, frame) in FRAMES.iter().enumerate() {
         entry(0x7000 + 8 * n as u64, frame | 3);
     }
-    let mut cpu = CpuState::default();
-    cpu.cr0 = Cr0::PE | Cr0::PG | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::MP;
-    cpu.cr3 = 0x1000;
-    cpu.cr4 = Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT;
-    cpu.efer = Efer::LME | Efer::LMA;
+    let mut cpu = CpuState {
+        cr0: Cr0::PE | Cr0::PG | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::MP,
+        cr3: 0x1000,
+        cr4: Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT,
+        efer: Efer::LME | Efer::LMA,
+        ..CpuState::default()
+    };
     for which in SegmentRegister::ALL {
         *cpu.segment_mut(which) = Segment::flat(0x10, 0xc093);
     }
@@ -272,7 +274,7 @@ fn case(stubs: &mut Stubs, random: &mut Random) -> Option<Case> {
     let Decoded::Op(op) = decode(stubs, 64, &bytes, CODE) else {
         return None;
     };
-    (op.kind == Kind::Plain).then(|| Case {
+    (op.kind == Kind::Plain).then_some(Case {
         bytes,
         op: *op,
         gpr,
@@ -371,7 +373,7 @@ fn random_fpu(random: &mut Random) -> FpuState {
             // A normal number of moderate size.
             st[7] |= 0x80;
             st[8] = random.next() as u8;
-            st[9] = st[9] & 0x80 | 0x3f + random.below(2) as u8;
+            st[9] = st[9] & 0x80 | (0x3f + random.below(2) as u8);
         }
     }
     fpu

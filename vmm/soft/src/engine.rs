@@ -128,7 +128,7 @@ impl SoftEngine {
             if window && self.cpu.interruptible() {
                 return Ok(Exit::InterruptWindow);
             }
-            if self.cpu.activity != Activity::Active {
+            if self.cpu.activity != Activity::Active && self.cpu.pending.is_none() {
                 return Ok(self.idle(until));
             }
             if breakpoints && self.at_breakpoint() {

@@ -16,7 +16,7 @@ impl Guest<'_> {
     fn result_flags(&mut self, al: u8) {
         self.set_flags(rflags::ZF, al == 0);
         self.set_flags(rflags::SF, al & 0x80 != 0);
-        self.set_flags(rflags::PF, al.count_ones() % 2 == 0);
+        self.set_flags(rflags::PF, al.count_ones().is_multiple_of(2));
     }
 
     /// AAA, AAS, AAM, AAD, DAA, DAS.

@@ -229,10 +229,11 @@ impl Memory {
         pending: &mut Pending,
     ) -> Exec<T> {
         let len = size_of::<T>();
-        if (linear & 0xfff) as usize + len <= 0x1000 && self.stores.is_empty() {
-            if let Some(addr) = self.tlb.lookup(linear, AccessKind::Read, user) {
-                return Ok(self.ram.load(addr));
-            }
+        if (linear & 0xfff) as usize + len <= 0x1000
+            && self.stores.is_empty()
+            && let Some(addr) = self.tlb.lookup(linear, AccessKind::Read, user)
+        {
+            return Ok(self.ram.load(addr));
         }
         let span = self.span(cpu, linear, len, AccessKind::Read, user)?;
         let mut bytes = [0; 16];
@@ -279,12 +280,12 @@ impl Memory {
         pending: &mut Pending,
     ) -> Exec {
         let len = size_of::<T>();
-        if (linear & 0xfff) as usize + len <= 0x1000 {
-            if let Some(addr) = self.tlb.lookup(linear, AccessKind::Write, user) {
-                self.note_write(addr, len);
-                self.ram.store(addr, value);
-                return Ok(());
-            }
+        if (linear & 0xfff) as usize + len <= 0x1000
+            && let Some(addr) = self.tlb.lookup(linear, AccessKind::Write, user)
+        {
+            self.note_write(addr, len);
+            self.ram.store(addr, value);
+            return Ok(());
         }
         let span = self.span(cpu, linear, len, AccessKind::Write, user)?;
         self.store_span(span, &value.to_bytes()[..len], pending)
@@ -339,10 +340,10 @@ impl Memory {
     /// To be called before each store to RAM; the range lies in one page.
     #[inline]
     pub(crate) fn note_write(&mut self, addr: u64, len: usize) {
-        if let Some(&flags) = self.pages.get((addr >> 12) as usize) {
-            if flags != DIRTY {
-                self.note_special_write(addr, len, flags);
-            }
+        if let Some(&flags) = self.pages.get((addr >> 12) as usize)
+            && flags != DIRTY
+        {
+            self.note_special_write(addr, len, flags);
         }
     }
 

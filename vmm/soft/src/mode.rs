@@ -74,9 +74,9 @@ impl Mode {
         }
     }
 
-    /// Where linear addresses wrap.
+    /// Where linear addresses wrap. In compatibility mode those of the processor's own accesses do not.
     pub(crate) fn linear_mask(&self) -> u64 {
-        if self.long { u64::MAX } else { 0xffff_ffff }
+        if self.lma { u64::MAX } else { 0xffff_ffff }
     }
 
     /// IOPL or better is what CPL must be for I/O and the interrupt flag.

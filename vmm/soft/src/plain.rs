@@ -298,7 +298,7 @@ impl Guest<'_> {
             _ => u128::from(truncate(rdx, size)) << bits | u128::from(truncate(rax, size)),
         };
         let fits = if kind == Special::Divide {
-            divisor != 0 && dividend / u128::from(divisor) >> bits == 0
+            divisor != 0 && (dividend / u128::from(divisor)) >> bits == 0
         } else {
             let extend = 128 - 2 * bits;
             let dividend = (dividend << extend) as i128 >> extend;

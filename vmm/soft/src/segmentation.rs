@@ -71,7 +71,7 @@ impl Guest<'_> {
             16 => return Ok(()), // #GP where it matters at all
             _ => 1,
         };
-        if self.mode.alignment_check && linear % natural != 0 {
+        if self.mode.alignment_check && !linear.is_multiple_of(natural) {
             return Err(coded(Vector::AC, 0));
         }
         Ok(())

@@ -297,10 +297,11 @@ impl Stepper {
         };
         let page = linear >> 12;
         let window = self.windows[page as usize % WINDOWS];
-        if window.key == page ^ self.mode.fetch_key && window.epoch == self.mem.epoch {
-            if let Some(slot) = self.code.cached(window.page, (linear & 0xfff) as usize) {
-                return Ok(slot);
-            }
+        if window.key == page ^ self.mode.fetch_key
+            && window.epoch == self.mem.epoch
+            && let Some(slot) = self.code.cached(window.page, (linear & 0xfff) as usize)
+        {
+            return Ok(slot);
         }
         self.fetch_slowly(cpu, linear)
     }

@@ -28,7 +28,7 @@ fn compare_flags(a: u64, b: u64, size: usize) -> u64 {
     let mut flags = 0;
     for (flag, set) in [
         (rflags::CF, a < b),
-        (rflags::PF, (result as u8).count_ones() % 2 == 0),
+        (rflags::PF, (result as u8).count_ones().is_multiple_of(2)),
         (rflags::AF, (a ^ b ^ result) & 0x10 != 0),
         (rflags::ZF, result == 0),
         (rflags::SF, result & sign != 0),

@@ -65,7 +65,7 @@ fn remapping_a_page_by_a_guest_store_takes_effect_without_invlpg() {
     guest
         .set(Gpr::Rbx, DATA)
         .set(Gpr::Rcx, guest::PAGE_TABLE + 8 * (DATA >> 12));
-    guest.set(Gpr::Rdx, DATA + 0x1000 | 7);
+    guest.set(Gpr::Rdx, (DATA + 0x1000) | 7);
     guest.code(64, |a| {
         a.mov(rax, qword_ptr(rbx))?;
         a.mov(qword_ptr(rcx), rdx)?;

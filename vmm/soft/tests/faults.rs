@@ -183,7 +183,7 @@ fn page_fault_codes_name_the_access() {
 #[test]
 fn a_fetch_fault_names_the_page_that_is_missing() {
     let mut guest = Guest::long();
-    guest.map(CODE + 0x1000, CODE + 0x1000 | 7 | 1 << 63); // not executable
+    guest.map(CODE + 0x1000, (CODE + 0x1000) | 7 | 1 << 63); // not executable
     guest.cpu.regs.rip = CODE + 0x1000 - 1;
     guest.raw(&[0x48, 0x89, 0xc3]); // crosses the page
     guest.faults(Vector::PF);

@@ -134,7 +134,8 @@ fn an_unmasked_simd_exception_leaves_the_destination_alone() {
     let mulsd: &[u8] = &[0xf2, 0x0f, 0x59, 0xc1];
     let (ze, oe, ue, pe) = (1 << 2, 1 << 3, 1 << 4, 1 << 5);
     // Operands, exceptions unmasked, whether it faults, flags raised.
-    let cases: [(&[u8], u128, u128, u32, bool, u32); 8] = [
+    type Case<'a> = (&'a [u8], u128, u128, u32, bool, u32);
+    let cases: [Case<'_>; 8] = [
         (divsd, one, zero, ze, true, ze),
         (divsd, one, zero, 0, false, ze),
         (divsd, one, zero, oe, false, ze),

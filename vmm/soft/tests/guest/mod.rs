@@ -112,7 +112,7 @@ impl Guest {
     pub fn real() -> Self {
         let mut guest = Self::new(CpuState::default());
         for vector in 0..64u64 {
-            let entry = (HANDLERS >> 4) << 16 | 16 * vector;
+            let entry = ((HANDLERS >> 4) << 16) | (16 * vector);
             guest.put(4 * vector, &(entry as u32).to_le_bytes());
         }
         guest.halts();
