@@ -120,6 +120,8 @@ pub struct KvmEngine {
     pub(crate) entry_cr2: u64,
     /// The next instruction is for the single-instruction path.
     pub(crate) must_step: bool,
+    /// That is only because a kick interrupted KVM.
+    pub(crate) after_kick: bool,
     /// KVM ran since the stepper did.
     pub(crate) kvm_ran: bool,
     /// The stepper or the monitor may have written memory since KVM was last given its state.
@@ -191,6 +193,7 @@ impl KvmEngine {
             hidden_idtr: None,
             entry_cr2: 0,
             must_step: false,
+            after_kick: false,
             kvm_ran: false,
             wrote: true,
             stepped: false,
@@ -362,7 +365,7 @@ impl KvmEngine {
                 Owed::Port { .. } | Owed::Mmio(_) | Owed::Msr | Owed::Answered => {
                     let raw = self.vcpu.finish()?;
                     self.kvm_has_run();
-                    if let Some(exit) = self.finished(raw)? {
+                    if let Some(exit) = self.translate(raw)? {
                         return Ok(Some(exit));
                     }
                 }
@@ -380,6 +383,9 @@ impl KvmEngine {
         }
         if completed {
             return Ok(Some(Exit::BoundReached));
+        }
+        if self.must_step {
+            return Ok(None);
         }
         if self.vcpu.kick().take_request() || self.cpu.activity == Activity::Halted {
             return Ok(Some(Exit::Kicked));

@@ -90,10 +90,10 @@ impl KvmEngine {
             }
             KvmExit::Debug { pc } => Ok(self.debug(GuestVirtAddr::new(pc))),
             KvmExit::Interrupted => {
-                self.vcpu.kick().take_request();
-                self.retire_exhausted_rep()?;
-                Ok(Some(Exit::Kicked))
+                self.kicked();
+                Ok(None)
             }
+            KvmExit::Finished => self.retire_exhausted_rep().map(|()| None),
             KvmExit::Failed(why) => Err(EngineError::Host {
                 operation: "KVM_RUN",
                 source: std::io::Error::other(why),
@@ -101,12 +101,12 @@ impl KvmEngine {
         }
     }
 
-    /// What it means when KVM was only to finish something.
-    pub(crate) fn finished(&mut self, raw: KvmExit) -> Result<Option<Exit>, EngineError> {
-        match raw {
-            KvmExit::Interrupted => self.retire_exhausted_rep().map(|()| None),
-            other => self.translate(other),
-        }
+    /// A kick, or a signal meant for somebody else. KVM may have been about to execute the instruction at RIP, and have set
+    /// accessed bits for it already: a moment that exists in no replay. So it is executed before the kick is reported.
+    fn kicked(&mut self) {
+        self.vcpu.kick().request();
+        self.must_step = true;
+        self.after_kick = true;
     }
 
     fn scan_now_and_then(&mut self) -> Result<(), EngineError> {

@@ -107,8 +107,13 @@ impl KvmEngine {
         self.stepped = true;
         self.work.steps += 1;
         self.must_step = false;
+        let after_kick = std::mem::take(&mut self.after_kick);
+        let step = match self.stepper.step(&mut self.cpu, &mut self.pending) {
+            // KVM can execute what the stepper cannot; the kick is reported where it came.
+            Err(EngineError::Unimplemented { .. }) if after_kick => return Ok(None),
+            step => step?,
+        };
         self.core = Core::Changed;
-        let step = self.stepper.step(&mut self.cpu, &mut self.pending)?;
         self.owed = if self.pending.incomplete() {
             Owed::Soft
         } else {

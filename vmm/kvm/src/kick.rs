@@ -75,6 +75,11 @@ impl Shared {
         self.requested.swap(false, Ordering::SeqCst)
     }
 
+    /// Asks, on the CPU's own thread.
+    pub(crate) fn request(&self) {
+        self.requested.store(true, Ordering::SeqCst);
+    }
+
     /// Whether somebody asked.
     pub(crate) fn is_requested(&self) -> bool {
         self.requested.load(Ordering::SeqCst)

@@ -69,8 +69,10 @@ pub(crate) enum KvmExit {
     Debug {
         pc: u64,
     },
-    /// A signal, or `immediate_exit`.
+    /// A signal interrupted the guest.
     Interrupted,
+    /// What was pending has been finished, and nothing else executed.
+    Finished,
     /// Anything else: a failure. The text says which.
     Failed(String),
 }
@@ -372,7 +374,10 @@ impl Vcpu {
         self.kick.set_immediate_exit(true);
         let exit = self.run();
         self.kick.set_immediate_exit(false);
-        exit
+        Ok(match exit? {
+            KvmExit::Interrupted => KvmExit::Finished,
+            exit => exit,
+        })
     }
 
     fn run(&mut self) -> Result<KvmExit, EngineError> {
