@@ -8,7 +8,7 @@
 //! - While KVM awaits the completion of an exit ([`Owed`]), nothing is put into it.
 //! - Interrupts are delivered by [`soft::Stepper`] on every host, so that frames, flags and accessed bits are the ones a replay makes.
 //!
-//! Elsewhere: KVM's exits ([`crate::exit`]); when and how the single-instruction path runs ([`crate::hybrid`]).
+//! Elsewhere: moving the state ([`crate::transfer`]); KVM's exits ([`crate::exit`]); when and how the single-instruction path runs ([`crate::hybrid`]).
 //! Source: KVM API, sections 4.10 and 5.
 
 use crate::host::{self, OpenError};
@@ -25,7 +25,7 @@ use soft::{Delivery, Pending, Stepper};
 use std::sync::Arc;
 use x86::controls::Control;
 use x86::exit::Injection;
-use x86::regs::{Cr0, Cr4, rflags};
+use x86::regs::rflags;
 use x86::{
     Activity, CpuModel, CpuState, DescriptorTable, Exit, ExitControls, GuestPhysAddr,
     GuestVirtAddr, PAGE_SIZE, PageFrame, Position, VcpuId,
@@ -219,141 +219,12 @@ impl KvmEngine {
         }
     }
 
-    /// Brings registers, system registers and events here.
-    pub(crate) fn fetch_core(&mut self) {
-        if self.core != Core::InKvm {
-            return;
-        }
-        self.vcpu.core(&mut self.cpu);
-        if self.hidden_idtr == Some(self.cpu.idtr) {
-            self.cpu.idtr = self.guest_idtr;
-        }
-        self.core = Core::Same;
-    }
-
-    /// Brings the whole state here.
-    pub(crate) fn fetch(&mut self) -> Result<(), EngineError> {
-        self.fetch_core();
-        if !self.extra_here {
-            self.vcpu.read_extra(&mut self.cpu)?;
-            self.extra_here = true;
-        }
-        Ok(())
-    }
-
-    /// Gives KVM what changed here, right before it runs.
-    fn load(&mut self) -> Result<(), EngineError> {
-        if self.wrote {
-            self.catch_up()?;
-        }
-        if self.stepped {
-            self.flush_translations()?;
-        }
-        if self.core == Core::Changed {
-            self.put_core();
-        }
-        if self.extra_here {
-            self.vcpu.put_extra(&self.cpu)?;
-        }
-        if self.quirks.hides_idt() {
-            self.entry_cr2 = match self.core {
-                Core::InKvm => self.vcpu.sregs().cr2,
-                Core::Same | Core::Changed => self.cpu.cr2,
-            };
-        }
-        self.cpu.activity = Activity::Active;
-        Ok(())
-    }
-
-    fn put_core(&mut self) {
-        let mut idtr = self.cpu.idtr;
-        if self.quirks.hides_idt() {
-            self.guest_idtr = idtr;
-            idtr.limit = 0;
-            self.hidden_idtr = Some(idtr);
-        }
-        self.vcpu.put_core(&self.cpu, &idtr);
-        self.core = Core::Same;
-    }
-
-    /// What the single-instruction path and the monitor wrote since KVM ran: KVM has to see changed page tables, and
-    /// changed code is looked at again.
-    fn catch_up(&mut self) -> Result<(), EngineError> {
-        self.wrote = false;
-        let written = self.stepper.take_dirty();
-        self.note_written(&written);
-        self.scan()?;
-        if !self.quirks.shadows_stale {
-            return Ok(());
-        }
-        self.unseen.extend(written);
-        self.fetch_core();
-        // Ring 0 does not run on shadows there, and every way from it to ring 3 comes by here.
-        let later = self.sensitive.returns && self.cpu.cpl() != 3;
-        if later || self.unseen.is_empty() {
-            self.wrote = !self.unseen.is_empty();
-            return Ok(());
-        }
-        let unseen = std::mem::take(&mut self.unseen);
-        if self.tables.changed(&self.cpu, &self.memory, &unseen) {
-            self.slots.drop_shadows(&self.vm)?;
-        }
-        Ok(())
-    }
-
-    /// Makes the processor drop its translations: the single-instruction path may have executed INVLPG.
-    fn flush_translations(&mut self) -> Result<(), EngineError> {
-        self.stepped = false;
-        let paging = self.cpu.cr0.contains(Cr0::PG);
-        if self.quirks.kernel_emulated || self.core == Core::InKvm || !paging {
-            return Ok(());
-        }
-        let mut toggled = self.cpu.clone();
-        toggled.cr4 ^= Cr4::PGE;
-        let idtr = toggled.idtr;
-        self.vcpu.put_core(&toggled, &idtr);
-        self.vcpu.finish()?;
-        self.core = Core::Changed;
-        Ok(())
-    }
-
-    pub(crate) fn note_written(&mut self, pages: &PageSet) {
-        if self.sensitive.any() {
-            self.unscanned.extend(pages);
-        }
-        self.dirty.extend(pages);
-    }
-
-    /// Takes pages out of the slots, or puts them back, according to what they hold now.
-    pub(crate) fn scan(&mut self) -> Result<(), EngineError> {
-        for page in std::mem::take(&mut self.unscanned) {
-            // An instruction may start at the end of the page before.
-            let before = page.number().checked_sub(1).map(PageFrame::new);
-            for page in before.into_iter().chain([page]) {
-                if self.sensitive.is_in(&self.memory, page) {
-                    self.slots.take_out(&self.vm, page)?;
-                } else {
-                    self.slots.put_back(&self.vm, page)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Lets KVM run, and makes an exit of how it ended. `None`: go on.
     fn enter(&mut self, window: bool) -> Result<Option<Exit>, EngineError> {
         self.load()?;
         let raw = self.vcpu.enter(window && !self.quirks.windows_unreliable)?;
         self.kvm_has_run();
         self.translate(raw)
-    }
-
-    pub(crate) fn kvm_has_run(&mut self) {
-        self.core = Core::InKvm;
-        self.extra_here = false;
-        self.kvm_ran = true;
-        self.owed = Owed::Nothing;
-        self.work.entries += 1;
     }
 
     /// Finishes what the last exit interrupted. `Some`: it has more to ask.
@@ -411,15 +282,6 @@ impl KvmEngine {
                 Ok(Some(Exit::TripleFault))
             }
         }
-    }
-
-    /// To be called before the stepper looks at memory.
-    pub(crate) fn before_step(&mut self) {
-        if self.kvm_ran {
-            self.stepper.native_code_ran();
-            self.kvm_ran = false;
-        }
-        self.wrote = true;
     }
 
     /// Whether every boundary has to be looked at, so that an exit must be completed before the guest goes on.

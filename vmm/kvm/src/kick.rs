@@ -88,11 +88,8 @@ impl Shared {
     /// To be called right before and after KVM_RUN, on the thread that makes it.
     pub(crate) fn set_running(&self, running: bool) {
         // SAFETY: gettid has no preconditions.
-        let thread = if running {
-            unsafe { libc::gettid() }
-        } else {
-            0
-        };
+        let this_thread = unsafe { libc::gettid() };
+        let thread = if running { this_thread } else { 0 };
         self.runner.store(thread, Ordering::SeqCst);
     }
 

@@ -25,6 +25,7 @@ mod sensitive;
 mod shadow;
 mod slots;
 mod state;
+mod transfer;
 mod vcpu;
 mod vm;
 

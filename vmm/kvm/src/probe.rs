@@ -331,11 +331,13 @@ const fn after_stub(vector: u64) -> u64 {
 
 /// 64-bit ring 0 at [`CODE0`].
 fn long_mode() -> CpuState {
-    let mut cpu = CpuState::default();
-    cpu.cr0 = Cr0::PE | Cr0::MP | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::PG;
-    cpu.cr3 = PML4;
-    cpu.cr4 = Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT;
-    cpu.efer = Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE;
+    let mut cpu = CpuState {
+        cr0: Cr0::PE | Cr0::MP | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::PG,
+        cr3: PML4,
+        cr4: Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT,
+        efer: Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE,
+        ..CpuState::default()
+    };
     cpu.regs.rip = CODE0;
     cpu.regs[Gpr::Rsp] = STACK0 - 256;
     cpu.segments = [Segment::flat(KERNEL_DS, 0xc093); 6];

@@ -390,7 +390,7 @@ fn many_engines_can_be_made_and_dropped() {
     for _ in 0..20 {
         match kvm::KvmEngine::new(memory.clone(), CpuModel::default()) {
             Ok(engine) => drop(engine),
-            Err(error) => return eprintln!("skipped: {error}"),
+            Err(error) => return skipped(&error),
         }
     }
 }

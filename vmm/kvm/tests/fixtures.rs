@@ -1,5 +1,7 @@
 //! Every fixture guest on KVM in real time, under the host's clock, with interrupts arriving when they arrive.
 
+mod guest;
+
 use fixtures::Fixture;
 use kvm::{Cpl0Policy, KvmEngine};
 use machine::engine::Engine;
@@ -37,7 +39,7 @@ fn run(fixture: &Fixture, policy: Cpl0Policy) -> Option<(Vec<u8>, End)> {
     let mut engine = match KvmEngine::with_policy(memory.clone(), CpuModel::default(), policy) {
         Ok(engine) => engine,
         Err(error) => {
-            eprintln!("skipped: {error}");
+            guest::skipped(&error);
             return None;
         }
     };
@@ -57,11 +59,9 @@ fn run(fixture: &Fixture, policy: Cpl0Policy) -> Option<(Vec<u8>, End)> {
 
 fn check(policy: Cpl0Policy) {
     for fixture in fixtures::ALL {
-        let started = std::time::Instant::now();
         let Some((console, end)) = run(fixture, policy) else {
             return;
         };
-        eprintln!("{} {policy:?} {:?}", fixture.name, started.elapsed());
         let end = match end {
             End::DebugExit(status) => fixtures::End::DebugExit(status),
             End::TripleFault => fixtures::End::TripleFault,

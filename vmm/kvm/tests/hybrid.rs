@@ -376,7 +376,7 @@ fn mappings_changed_by_the_kernel_hold_in_ring_3() {
         let mut engine =
             match kvm::KvmEngine::with_policy(memory.clone(), CpuModel::default(), policy) {
                 Ok(engine) => engine,
-                Err(error) => return eprintln!("skipped: {error}"),
+                Err(error) => return skipped(&error),
             };
         engine.set_state(CPU, &user()).expect("state");
         for round in 0..6 {
@@ -455,26 +455,33 @@ fn a_kick_leaves_no_accessed_bit_of_an_instruction_that_was_not_executed() {
         for page in FIRST >> 12..(FIRST >> 12) + PAGES {
             put(&memory, PT + 8 * page, &(page << 12 | 7).to_le_bytes());
         }
-        put(&memory, USER_CODE, &assemble(USER_CODE, |a| {
-            let (mut again, mut end) = (a.create_label(), a.create_label());
-            a.mov(ecx, PAGES as u32)?;
-            a.mov(edi, FIRST as u32)?;
-            a.set_label(&mut again)?;
-            a.mov(qword_ptr(rdi), rcx)?;
-            a.add(rdi, 0x1000)?;
-            a.dec(ecx)?;
-            a.jnz(again)?;
-            a.set_label(&mut end)?;
-            a.jmp(end)
-        }));
-        let Some(mut engine) = engine(&memory) else { return };
+        put(
+            &memory,
+            USER_CODE,
+            &assemble(USER_CODE, |a| {
+                let (mut again, mut end) = (a.create_label(), a.create_label());
+                a.mov(ecx, PAGES as u32)?;
+                a.mov(edi, FIRST as u32)?;
+                a.set_label(&mut again)?;
+                a.mov(qword_ptr(rdi), rcx)?;
+                a.add(rdi, 0x1000)?;
+                a.dec(ecx)?;
+                a.jnz(again)?;
+                a.set_label(&mut end)?;
+                a.jmp(end)
+            }),
+        );
+        let Some(mut engine) = engine(&memory) else {
+            return;
+        };
         engine.set_state(CPU, &user()).expect("state");
         let kicker = engine.kicker(CPU).expect("kicker");
         let thread = std::thread::spawn(move || kicker.kick());
         assert_eq!(run(&mut engine, Answer::None), Exit::Kicked);
         thread.join().expect("kicker thread");
         let stored = engine.state(CPU).expect("state").regs[Gpr::Rdi].saturating_sub(FIRST) >> 12;
-        let touched = (0..PAGES).filter(|page| get_u64(&memory, PT + 8 * ((FIRST >> 12) + page)) & 0x60 != 0);
+        let touched =
+            (0..PAGES).filter(|page| get_u64(&memory, PT + 8 * ((FIRST >> 12) + page)) & 0x60 != 0);
         let ahead = touched.count() as u64 - stored;
         // RDI goes up in the instruction after the store.
         assert!(ahead <= 1, "{ahead} pages ahead");

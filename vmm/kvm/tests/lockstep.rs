@@ -4,6 +4,8 @@
 //! instructions, and every difference is an engine's fault. Guests that only asynchronous interrupts move on are
 //! recorded and replayed elsewhere (`replay`).
 
+mod guest;
+
 use fixtures::{Console, Fixture};
 use kvm::{Cpl0Policy, KvmEngine};
 use machine::engine::Engine;
@@ -177,7 +179,7 @@ fn on_kvm(fixture: &Fixture, until: Option<&'static str>, policy: Cpl0Policy) ->
         match KvmEngine::with_policy(memory, CpuModel::default(), policy) {
             Ok(engine) => Some(Box::new(engine)),
             Err(error) => {
-                eprintln!("skipped: {error}");
+                guest::skipped(&error);
                 None
             }
         }

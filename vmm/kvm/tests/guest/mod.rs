@@ -51,12 +51,22 @@ const DESCRIPTORS: [u64; 10] = [
     0,
 ];
 
+/// Says that a test cannot run here. Fails it where the environment variable `CHRONOVISOR_REQUIRE` lists `kvm`.
+pub(crate) fn skipped(error: &kvm::OpenError) {
+    eprintln!("skipped: {error}");
+    let required = std::env::var("CHRONOVISOR_REQUIRE").unwrap_or_default();
+    assert!(
+        !required.split(',').any(|what| what == "kvm"),
+        "KVM is required: {error}"
+    );
+}
+
 /// An engine, or `None` after saying why there is none.
 pub(crate) fn engine(memory: &GuestMemory) -> Option<KvmEngine> {
     match KvmEngine::new(memory.clone(), CpuModel::default()) {
         Ok(engine) => Some(engine),
         Err(error) => {
-            eprintln!("skipped: {error}");
+            skipped(&error);
             None
         }
     }
@@ -106,11 +116,13 @@ pub(crate) fn memory() -> GuestMemory {
 
 /// 64-bit ring 0 at [`CODE`], interrupts off.
 pub(crate) fn kernel() -> CpuState {
-    let mut cpu = CpuState::default();
-    cpu.cr0 = Cr0::PE | Cr0::MP | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::PG;
-    cpu.cr3 = PML4;
-    cpu.cr4 = Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT;
-    cpu.efer = Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE;
+    let mut cpu = CpuState {
+        cr0: Cr0::PE | Cr0::MP | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::PG,
+        cr3: PML4,
+        cr4: Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT,
+        efer: Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE,
+        ..CpuState::default()
+    };
     cpu.regs.rip = CODE;
     cpu.regs[Gpr::Rsp] = STACK - 256;
     cpu.segments = [Segment::flat(KERNEL_DS, 0xc093); 6];
