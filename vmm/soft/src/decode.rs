@@ -70,7 +70,7 @@ pub(crate) fn decode(stubs: &mut Stubs, bits: u32, bytes: &[u8], ip: u64) -> Dec
         match stubs.get(&instruction) {
             Ok((stub, traits)) => set_plain(&mut op, stub, traits),
             Err(NoStub::Full) => return Decoded::Full,
-            Err(NoStub::NotPlain(_)) => op.kind = Kind::Undefined,
+            Err(NoStub::NotPlain(_)) => op.kind = Kind::Refused,
         }
     }
     Decoded::Op(Box::new(op))
@@ -436,5 +436,44 @@ fn address(instruction: &Instruction) -> Address {
             4 => 0xffff_ffff,
             _ => u64::MAX,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    /// Every prefix, opcode and ModRM byte, in every code size.
+    #[test]
+    fn every_plain_instruction_has_a_stub() {
+        let mut stubs = Stubs::new().expect("stub memory");
+        let mut refused = BTreeSet::new();
+        let mut seen = BTreeSet::new();
+        let prefixes: [&[u8]; 6] = [&[], &[0x66], &[0xf2], &[0xf3], &[0x67], &[0x48]];
+        let maps: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
+        for bits in [16, 32, 64] {
+            for (prefix, map) in prefixes
+                .iter()
+                .flat_map(|p| maps.iter().map(move |m| (p, m)))
+            {
+                for (opcode, modrm) in (0..=255u8).flat_map(|o| (0..=255u8).map(move |m| (o, m))) {
+                    let mut bytes = [prefix, *map].concat();
+                    bytes.extend([opcode, modrm, 0x24, 1, 2, 3, 4, 5, 6, 7, 8]);
+                    match decode(&mut stubs, bits, &bytes, 0x1000) {
+                        Decoded::Op(op) if op.kind == Kind::Refused => {
+                            refused.insert(format!("{bits}: {:?}", op.instruction.code()));
+                        }
+                        Decoded::Op(op) if op.kind == Kind::Plain => {
+                            seen.insert(op.instruction.code());
+                        }
+                        Decoded::Full => stubs.flush(),
+                        _ => {}
+                    }
+                }
+            }
+        }
+        assert!(refused.is_empty(), "{refused:?}");
+        assert!(seen.len() > 700, "{}", seen.len());
     }
 }

@@ -9,7 +9,7 @@
 use crate::delivery::Event;
 use crate::guest::Guest;
 use crate::op::{Kind, Op};
-use crate::stop::{Exec, gp, ud};
+use crate::stop::{Exec, Stop, gp, ud};
 use iced_x86::{Mnemonic, OpKind};
 use x86::regs::rflags;
 use x86::{Activity, CpuMode, Exception, Exit, Vector};
@@ -46,6 +46,7 @@ impl Guest<'_> {
             Kind::Ret => self.ret(op)?,
             Kind::Own => return self.own(op),
             Kind::Undefined => return Err(ud()),
+            Kind::Refused => return Err(Stop::Unimplemented("it cannot run as a stub")),
             Kind::TooLong => return Err(gp(0)),
         }
         Ok(Done::Retired)

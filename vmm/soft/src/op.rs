@@ -33,6 +33,8 @@ pub(crate) enum Kind {
     Own,
     /// #UD.
     Undefined,
+    /// Meant for a stub, but refused by its conditions.
+    Refused,
     /// Longer than 15 bytes: #GP(0).
     TooLong,
 }
