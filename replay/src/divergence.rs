@@ -85,6 +85,13 @@ pub enum Difference {
         /// What the recording has next.
         expected: String,
     },
+    /// The guest ran much longer than the recording took to what it has next.
+    Overdue {
+        /// What the recording has next.
+        expected: String,
+        /// Instructions executed in vain.
+        instructions: u64,
+    },
     /// The guest goes on past the place where the recording ended.
     PastEnd {
         /// How the recording ended.
@@ -132,6 +139,15 @@ impl fmt::Display for Difference {
                 write!(
                     f,
                     "the guest sleeps and nothing recorded wakes it; the recording has {expected}"
+                )
+            }
+            Self::Overdue {
+                expected,
+                instructions,
+            } => {
+                write!(
+                    f,
+                    "the recording has {expected}, and the guest has not come there in {instructions} instructions"
                 )
             }
             Self::PastEnd { recorded, instead } => {

@@ -263,6 +263,24 @@ fn a_landmark_that_is_not_found_says_how_near_it_came() {
 }
 
 #[test]
+fn a_replay_that_gets_stuck_is_given_up() {
+    let forever = racing(12).handler - 1;
+    let (bytes, _) = blind(3, 12);
+    let mut kinds = [0, 0];
+    for at in [500, 1500, 2500, 3500, 4500, 5500] {
+        let stick = |engine: &mut FakeEngine| engine.err(Fault::Jump(at, forever));
+        match divergence(&bytes, stick).expect("noticed").what {
+            Difference::NoLandmark(_) => kinds[0] += 1,
+            Difference::Overdue { .. } => kinds[1] += 1,
+            // Interrupts still come.
+            Difference::State(_) | Difference::Missed { .. } | Difference::Unexpected { .. } => {}
+            other => panic!("{other}"),
+        }
+    }
+    assert!(kinds[0] > 0 && kinds[1] > 0, "{kinds:?}");
+}
+
+#[test]
 fn another_path_is_a_divergence_wherever_it_is_taken() {
     let (bytes, _) = counted(3, 12);
     let mut silent = Vec::new();

@@ -8,23 +8,24 @@
 //!
 //! Elsewhere: the loop ([`machine::session`]), which delivers; moving along the timeline ([`crate::timeline`]).
 
+mod compare;
+mod moment;
+mod patience;
 mod search;
 
-use crate::digest::{
-    ConsoleDigest, CpuDigest, Digest, ExitDigest, board_digest, canonical_registers,
-};
-use crate::divergence::{
-    Difference, Divergence, LandmarkMiss, Mark, StateDifference, register_differences,
-};
+use crate::digest::{ConsoleDigest, Digest, ExitDigest};
+use crate::divergence::{Difference, Divergence, LandmarkMiss, Mark, StateDifference};
 use crate::finish::FinalState;
-use crate::recorder::deliveries;
-use crate::trace::{DigestRecord, EndRecord, Landmark, Log, Moment, Record, Trace, TraceError};
+use crate::trace::{EndRecord, Log, Moment, Record, Trace, TraceError};
+use compare::{compare, compare_end};
 use machine::End;
-use machine::engine::EngineError;
+use machine::engine::EngineKind;
 use machine::environment::{
     Arrival, Bound, Boundary, Channel, Directive, Environment, EnvironmentError, SyncOrdinal,
 };
-use search::{Search, page_differs};
+use moment::{Sought, cannot_count, seek_landmark, seek_position};
+use patience::Wait;
+use search::Search;
 use std::collections::BTreeMap;
 use x86::{Exit, Nanos, Position, VcpuId};
 
@@ -44,6 +45,7 @@ pub(crate) struct Cursor {
     /// The last place known to agree.
     since: Mark,
     search: Option<Search>,
+    wait: Option<Wait>,
     /// The last virtual time in the log.
     pub(crate) last_time: Nanos,
     /// Digests compared.
@@ -65,15 +67,17 @@ pub struct Replayer {
     placed: Vec<(u64, Position)>,
     /// How far the machine may run at most.
     limit: Position,
+    /// Which engine recorded.
+    recorded_on: EngineKind,
 }
 
 impl Replayer {
     /// Replays the log of `trace` from its start.
     pub fn new(trace: Trace) -> Self {
-        Self::over(trace.log, trace.end)
+        Self::over(trace.log, trace.end, trace.machine.engine)
     }
 
-    pub(crate) fn over(log: Log, end: Option<EndRecord>) -> Self {
+    pub(crate) fn over(log: Log, end: Option<EndRecord>, recorded_on: EngineKind) -> Self {
         Self {
             log,
             end,
@@ -82,6 +86,7 @@ impl Replayer {
             found: BTreeMap::new(),
             placed: Vec::new(),
             limit: Position::NEVER,
+            recorded_on,
         }
     }
 
@@ -169,31 +174,11 @@ impl Replayer {
             };
             return Err(self.diverged(here, what));
         }
-        let mut difference = StateDifference {
-            positions: differing_positions(recorded.position, state.position),
-            memory: recorded.memory != state.memory,
-            board: recorded.board != state.board,
-            exits: recorded.exits != self.at.exits.digest(),
-            console: recorded.console != self.at.console.digest(),
-            ..StateDifference::default()
-        };
-        match (&recorded.cpu, &state.cpu) {
-            (Some((registers, cpu)), Some((registers_now, cpu_now))) => {
-                difference.registers = register_differences(registers, registers_now);
-                difference.cpu = differing_parts(cpu, cpu_now);
-            }
-            (None, None) => {}
-            _ => difference.cpu = vec!["instructions in progress"],
+        let difference = compare_end(recorded, state, &self.at);
+        if difference.only_at_end() {
+            self.at.since = Mark::default();
         }
-        if !difference.is_empty() {
-            if difference.only_at_end() {
-                self.at.since = Mark::default();
-            }
-            return Err(self.diverged(here, Difference::State(Box::new(difference))));
-        }
-        self.at.verified += 1;
-        self.at.since = here;
-        Ok(())
+        self.agree(here, difference)
     }
 
     fn end_ordinal(&self) -> SyncOrdinal {
@@ -269,25 +254,43 @@ impl Replayer {
         self.diverged(here, what)
     }
 
+    /// How long the next record is waited for.
+    fn wait(&mut self, now: Position) -> Result<Wait, EnvironmentError> {
+        let index = self.at.next;
+        if let Some(wait) = self.at.wait.filter(|wait| wait.is_for(index)) {
+            return Ok(wait);
+        }
+        let record = self.log.get(index).map_err(unreadable)?;
+        let wait = Wait::new(&self.at, now, record, self.end.as_ref(), self.recorded_on);
+        self.at.wait = Some(wait);
+        Ok(wait)
+    }
+
     /// Everything the log has for this boundary, and how far to run then.
     fn deliver(
         &mut self,
         at: &mut Boundary<'_>,
         arrivals: &mut Vec<Arrival>,
     ) -> Result<Bound, EnvironmentError> {
+        let now = at.engine.position().ok_or_else(|| cannot_count(at))?;
+        let here = Mark {
+            after: at.ordinal,
+            position: Some(now),
+        };
         loop {
             let index = self.at.next;
+            let patience = self.wait(now)?.limit;
             let Some(record) = self.log.get(index).map_err(unreadable)? else {
-                return self.exhausted(at, !arrivals.is_empty());
+                return self.exhausted(at, here, !arrivals.is_empty());
             };
             if record.after() > at.ordinal {
-                return self.go_on(at, !arrivals.is_empty());
+                return self.go_on(at, here, !arrivals.is_empty());
             }
-            let bound = match record {
+            let sought = match record {
                 Record::Arrival {
                     moment: Moment::Sync | Moment::Same,
                     ..
-                } => None,
+                } => Sought::Here,
                 Record::Arrival { .. } | Record::Digest { .. } if at.incomplete => {
                     return Ok(Bound::Completed);
                 }
@@ -296,60 +299,49 @@ impl Replayer {
                     ..
                 } => {
                     let found = self.found.get(&index).copied();
-                    seek_landmark(&mut self.at, at, landmark, found, self.limit)?
+                    seek_landmark(&mut self.at, at, landmark, found, patience, self.limit)?
                 }
                 Record::Arrival {
                     moment: Moment::Position(position),
                     ..
                 } => seek_position(at, *position, self.limit)?,
+                // What has arrived here must have reached the devices first: a run of no length.
+                Record::Digest { .. } if !arrivals.is_empty() => return Ok(Bound::Position(now)),
                 Record::Digest { digest, .. } => {
-                    // What has arrived here must have reached the devices first: a run of no length.
-                    if let Some(position) = at.engine.position().filter(|_| !arrivals.is_empty()) {
-                        return Ok(Bound::Position(position));
-                    }
                     let difference = compare(digest, at, &self.at)?;
-                    let here = Mark {
-                        after: at.ordinal,
-                        position: at.engine.position(),
-                    };
-                    if !difference.is_empty() {
-                        return Err(self.diverged(here, Difference::State(Box::new(difference))));
-                    }
-                    self.at.verified += 1;
-                    self.at.since = here;
+                    self.agree(here, difference)?;
                     self.at.next += 1;
                     continue;
                 }
                 Record::ClockRead { .. } | Record::Entropy { .. } => {
                     let expected = record.to_string();
-                    let here = Mark {
-                        after: at.ordinal,
-                        position: at.engine.position(),
-                    };
                     let instead = "go on without it".to_owned();
                     return Err(self.diverged(here, Difference::Missed { expected, instead }));
                 }
             };
-            match bound {
-                Some(Sought::Ahead(bound)) => return Ok(bound),
-                Some(Sought::Passed(what)) => {
-                    let here = Mark {
-                        after: at.ordinal,
-                        position: at.engine.position(),
-                    };
-                    return Err(self.diverged(here, what));
-                }
-                Some(Sought::Here) | None => {}
+            match sought {
+                Sought::Ahead(bound) => return Ok(bound),
+                Sought::Passed(what) => return Err(self.diverged(here, what)),
+                Sought::Here => self.arrive(index, now, arrivals)?,
             }
-            self.arrive(index, at, arrivals)?;
         }
+    }
+
+    /// Notes that replay and recording agree here, unless they do not.
+    fn agree(&mut self, here: Mark, difference: StateDifference) -> Result<(), EnvironmentError> {
+        if !difference.is_empty() {
+            return Err(self.diverged(here, Difference::State(Box::new(difference))));
+        }
+        self.at.verified += 1;
+        self.at.since = here;
+        Ok(())
     }
 
     /// Delivers record `index`, an arrival.
     fn arrive(
         &mut self,
         index: u64,
-        at: &Boundary<'_>,
+        now: Position,
         arrivals: &mut Vec<Arrival>,
     ) -> Result<(), EnvironmentError> {
         let Some(Record::Arrival {
@@ -361,12 +353,10 @@ impl Replayer {
         if let Arrival::Time { now } = *arrival {
             self.at.last_time = now;
         }
-        if let Some(position) = at.engine.position() {
-            if matches!(moment, Moment::Landmark(_)) {
-                self.found.insert(index, position);
-            }
-            self.placed.push((self.at.arrivals, position));
+        if matches!(moment, Moment::Landmark(_)) {
+            self.found.insert(index, now);
         }
+        self.placed.push((self.at.arrivals, now));
         arrivals.push(arrival.clone());
         self.at.search = None;
         self.at.arrivals += 1;
@@ -375,145 +365,57 @@ impl Replayer {
     }
 
     /// Nothing more happens here; the next record belongs to a later sync point.
-    fn go_on(&mut self, at: &mut Boundary<'_>, delivered: bool) -> Result<Bound, EnvironmentError> {
+    fn go_on(
+        &mut self,
+        at: &Boundary<'_>,
+        here: Mark,
+        delivered: bool,
+    ) -> Result<Bound, EnvironmentError> {
         if at.halted && !delivered {
             let expected = self.expected()?;
-            let here = Mark {
-                after: at.ordinal,
-                position: at.engine.position(),
-            };
             return Err(self.diverged(here, Difference::Asleep { expected }));
         }
-        Ok(Bound::Exit)
+        let Some(now) = here.position else {
+            return Ok(Bound::Exit);
+        };
+        let Wait { from, limit, .. } = self.wait(now)?;
+        if now >= limit && !at.incomplete {
+            let expected = self.expected()?;
+            let instructions = now.retired.since(from.retired);
+            return Err(self.diverged(
+                here,
+                Difference::Overdue {
+                    expected,
+                    instructions,
+                },
+            ));
+        }
+        Ok(if limit == Position::NEVER {
+            Bound::Exit
+        } else {
+            Bound::Position(limit.min(self.limit))
+        })
     }
 
     /// The log is at its end.
     fn exhausted(
         &mut self,
-        at: &mut Boundary<'_>,
+        at: &Boundary<'_>,
+        here: Mark,
         delivered: bool,
     ) -> Result<Bound, EnvironmentError> {
         if self.end.is_some() {
-            return self.go_on(at, delivered);
+            return self.go_on(at, here, delivered);
         }
         if at.incomplete {
             return Ok(Bound::Completed);
         }
-        match at.engine.position() {
+        match here.position {
             // What arrived last is delivered by a run of no length.
             Some(position) if delivered => Ok(Bound::Position(position)),
             _ => Err(EnvironmentError::EndOfTrace),
         }
     }
-}
-
-/// What looking for a moment came to.
-enum Sought {
-    /// It is this boundary.
-    Here,
-    /// Not yet; run this far.
-    Ahead(Bound),
-    /// It cannot come any more.
-    Passed(Difference),
-}
-
-fn seek_position(
-    at: &Boundary<'_>,
-    position: Position,
-    limit: Position,
-) -> Result<Option<Sought>, EnvironmentError> {
-    let now = at.engine.position().ok_or_else(|| cannot_count(at))?;
-    Ok(Some(match now.cmp(&position) {
-        std::cmp::Ordering::Equal => Sought::Here,
-        std::cmp::Ordering::Less => Sought::Ahead(Bound::Position(position.min(limit))),
-        std::cmp::Ordering::Greater => {
-            Sought::Passed(Difference::PassedPosition { recorded: position })
-        }
-    }))
-}
-
-/// `found`: where it was, when it was found before.
-fn seek_landmark(
-    cursor: &mut Cursor,
-    at: &mut Boundary<'_>,
-    landmark: &Landmark,
-    found: Option<Position>,
-    limit: Position,
-) -> Result<Option<Sought>, EnvironmentError> {
-    let now = at.engine.position().ok_or_else(|| cannot_count(at))?;
-    if let Some(found) = found.filter(|found| now < *found) {
-        return Ok(Some(Sought::Ahead(Bound::Position(found.min(limit)))));
-    }
-    let record = cursor.next;
-    let search = match &mut cursor.search {
-        Some(search) if search.record == record => search,
-        other => other.insert(Search::new(record, now)),
-    };
-    let delivered = deliveries(cursor.windows, at.cause);
-    if search.matches(landmark, delivered, at.vcpu, at.engine, at.memory)? {
-        return Ok(Some(Sought::Here));
-    }
-    if now >= search.limit {
-        let ended_by = format!("it was given up at position {now}");
-        let nearest = search.nearest.take();
-        let miss = LandmarkMiss::new(landmark, ended_by, search.candidates, nearest);
-        return Ok(Some(Sought::Passed(Difference::NoLandmark(Box::new(miss)))));
-    }
-    Ok(Some(Sought::Ahead(Bound::Registers {
-        registers: Box::new(landmark.registers.clone()),
-        limit: search.limit.min(limit),
-    })))
-}
-
-/// Compares the machine with a digest.
-fn compare(
-    recorded: &DigestRecord,
-    at: &mut Boundary<'_>,
-    cursor: &Cursor,
-) -> Result<StateDifference, EngineError> {
-    let cpu = at.engine.state(at.vcpu)?;
-    let mut difference = StateDifference {
-        positions: differing_positions(recorded.position, at.engine.position()),
-        registers: register_differences(&recorded.registers, &canonical_registers(&cpu.regs)),
-        cpu: differing_parts(&recorded.cpu, &CpuDigest::of(&cpu)),
-        board: recorded.board != board_digest(at.board),
-        exits: recorded.exits != cursor.exits.digest(),
-        console: recorded.console != cursor.console.digest(),
-        ..StateDifference::default()
-    };
-    difference.compare_pages(&recorded.pages, |page| page_differs(at.memory, page));
-    Ok(difference)
-}
-
-/// Both, when both are known and they differ.
-fn differing_positions(
-    recorded: Option<Position>,
-    replayed: Option<Position>,
-) -> Option<(Position, Position)> {
-    recorded
-        .zip(replayed)
-        .filter(|(recorded, replayed)| recorded != replayed)
-}
-
-/// The parts of a CPU, the registers aside, whose digests differ.
-fn differing_parts(recorded: &CpuDigest, replayed: &CpuDigest) -> Vec<&'static str> {
-    [
-        (recorded.segments, replayed.segments, "segment registers"),
-        (
-            recorded.system,
-            replayed.system,
-            "control registers or interrupt state",
-        ),
-        (recorded.fpu, replayed.fpu, "floating-point registers"),
-        (recorded.msrs, replayed.msrs, "model-specific registers"),
-    ]
-    .into_iter()
-    .filter_map(|(recorded, replayed, name)| (recorded != replayed).then_some(name))
-    .collect()
-}
-
-fn cannot_count(at: &Boundary<'_>) -> EngineError {
-    EngineError::CannotCount(at.engine.kind().name())
 }
 
 fn unreadable(error: TraceError) -> EnvironmentError {

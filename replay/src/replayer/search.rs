@@ -11,16 +11,11 @@ use machine::GuestMemory;
 use machine::engine::{Engine, EngineError};
 use x86::{CpuState, Position, VcpuId};
 
-/// Boundaries passed in vain before a search is given up, counted in instructions.
-const PATIENCE: u64 = 1 << 36;
-
 /// A search under way.
 #[derive(Clone, Debug)]
 pub(super) struct Search {
     /// Number of the record with the landmark.
     pub(super) record: u64,
-    /// Where it is given up.
-    pub(super) limit: Position,
     pub(super) candidates: u64,
     pub(super) nearest: Option<Nearest>,
     /// The page that told the last candidate off: most likely to tell off the next.
@@ -28,15 +23,10 @@ pub(super) struct Search {
 }
 
 impl Search {
-    /// A search that begins at `from`.
-    pub(super) fn new(record: u64, from: Position) -> Self {
-        let limit = Position {
-            retired: from.retired.saturating_add(PATIENCE),
-            within: 0,
-        };
+    /// A search for the landmark of record `record`.
+    pub(super) fn new(record: u64) -> Self {
         Self {
             record,
-            limit,
             candidates: 0,
             nearest: None,
             telling: 0,

@@ -174,7 +174,7 @@ impl Timeline {
         if engine.position().is_none() {
             return Err(OpenTimelineError::CannotCount(engine.kind().name()));
         }
-        let tape = Tape::new(Replayer::over(log, end));
+        let tape = Tape::new(Replayer::over(log, end, machine.engine));
         let mut session = Session::new(memory, board, engine, Box::new(tape));
         let mut snapshots = Snapshots::default();
         snapshots

@@ -468,6 +468,9 @@ pub fn racing(ticks: u64) -> Program {
         ],
     );
     add(&mut ops, [Op::Hlt]);
+    // Right before the handler, and reached only by mistake.
+    let forever = ops.len();
+    add(&mut ops, [Op::Jump(forever)]);
     let save = [Gpr::Rax, Gpr::R11, Gpr::R13];
     let handler = add(&mut ops, save.map(Op::Push));
     add(&mut ops, [Op::Out(0x43, 0), Op::In(0x40), Op::OutAl(0x3f8)]);
