@@ -381,3 +381,144 @@ impl fmt::Debug for ConsoleDigest {
         write!(f, "ConsoleDigest({} bytes, {})", self.len, self.digest())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use x86::exit::AccessData;
+    use x86::segment::SegmentAttributes;
+
+    fn long_mode() -> CpuState {
+        let mut cpu = CpuState::default();
+        cpu.cr0 |= x86::regs::Cr0::PE | x86::regs::Cr0::PG;
+        cpu.efer |= x86::regs::Efer::LME | x86::regs::Efer::LMA;
+        cpu.segments = [Segment::flat(0x10, 0xc093); 6];
+        *cpu.segment_mut(SegmentRegister::Cs) = Segment::flat(8, 0xa09b);
+        cpu
+    }
+
+    type Change = (&'static str, fn(&mut CpuState));
+
+    /// Every change of `list` to `cpu` must, or must not, change its digest.
+    fn changes(cpu: &CpuState, list: &[Change], differs: bool) {
+        let before = CpuDigest::of(cpu);
+        for (name, change) in list {
+            let mut changed = cpu.clone();
+            change(&mut changed);
+            assert_ne!(changed, *cpu, "{name}: nothing changed");
+            assert_eq!(CpuDigest::of(&changed) != before, differs, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_the_guest_can_tell_apart_differs() {
+        let list: &[Change] = &[
+            ("rax", |c| c.regs.gpr[0] ^= 1),
+            ("r15", |c| c.regs.gpr[15] ^= 1),
+            ("rip", |c| c.regs.rip ^= 1),
+            ("rflags", |c| c.regs.rflags ^= rflags::CF),
+            ("selector", |c| c.segments[3].selector ^= 8),
+            ("fs base", |c| c.segments[4].base ^= 8),
+            ("privilege", |c| {
+                c.segments[2].attributes = c.segments[2].attributes.with_dpl(3);
+            }),
+            ("tr", |c| c.tr.base ^= 8),
+            ("ldtr limit", |c| c.ldtr.limit ^= 8),
+            ("gdtr", |c| c.gdtr.limit ^= 8),
+            ("cr2", |c| c.cr2 ^= 8),
+            ("cr3", |c| c.cr3 ^= 8),
+            ("dr3", |c| c.dr[3] ^= 8),
+            ("halted", |c| c.activity = Activity::Halted),
+            ("shadow", |c| c.shadow = InterruptShadow::Sti),
+            ("pending", |c| c.pending = Some(Exception::gp(0))),
+            ("st7", |c| c.fpu.st[7][9] ^= 1),
+            ("xmm15", |c| c.fpu.xmm[15] ^= 1),
+            ("mxcsr", |c| c.fpu.mxcsr ^= 1),
+            ("star", |c| c.msrs.star ^= 1),
+            ("pat", |c| c.msrs.pat ^= 1),
+        ];
+        changes(&long_mode(), list, true);
+    }
+
+    #[test]
+    fn what_hosts_hold_differently_is_left_out() {
+        let list: &[Change] = &[
+            ("rf", |c| c.regs.rflags ^= rflags::RF),
+            ("ds limit in 64-bit mode", |c| c.segments[3].limit = 0),
+            ("ss base in 64-bit mode", |c| c.segments[2].base = 5),
+            ("null ss", |c| {
+                c.segments[2].attributes = SegmentAttributes::UNUSABLE
+            }),
+            ("cs base in 64-bit mode", |c| c.segments[1].base = 5),
+            ("fip", |c| c.fpu.fip = 5),
+            ("fdp", |c| c.fpu.fdp = 5),
+            ("fop", |c| c.fpu.fop = 5),
+        ];
+        changes(&long_mode(), list, false);
+        let mut shadowed = long_mode();
+        shadowed.shadow = InterruptShadow::Sti;
+        changes(
+            &shadowed,
+            &[("which shadow", |c| c.shadow = InterruptShadow::MovSs)],
+            false,
+        );
+        let null = CpuState {
+            ldtr: Segment::default(),
+            ..CpuState::default()
+        };
+        let hidden: &[Change] = &[
+            ("limit", |c| c.ldtr.limit = 5),
+            ("base", |c| c.ldtr.base = 5),
+        ];
+        changes(&null, hidden, false);
+        changes(
+            &CpuState::default(),
+            &[("limit in real mode", |c| c.segments[3].limit = 5)],
+            true,
+        );
+    }
+
+    #[test]
+    fn exits_roll_in_their_order_and_only_sync_points_count() {
+        let data = AccessData { value: 1, size: 1 };
+        let out = Exit::IoOut { port: 0x3f8, data };
+        let read = Exit::IoIn {
+            port: 0x3f8,
+            size: 1,
+        };
+        let roll = |exits: &[&Exit]| {
+            let mut digest = ExitDigest::default();
+            exits.iter().for_each(|exit| digest.add(exit));
+            digest.digest()
+        };
+        assert_ne!(roll(&[&out, &read]), roll(&[&read, &out]));
+        assert_ne!(roll(&[&out]), roll(&[&out, &out]));
+        let noise = [
+            &Exit::Kicked,
+            &out,
+            &Exit::BoundReached,
+            &Exit::InterruptWindow,
+        ];
+        assert_eq!(roll(&noise), roll(&[&out]));
+        // One step of it by hand: the format's documentation gives the formula.
+        let prime = 0x9e37_79b9_7f4a_7c15u64;
+        let one = 7u64.wrapping_mul(prime);
+        let two = one.rotate_left(5).wrapping_mul(prime);
+        let three = two.rotate_left(5).wrapping_mul(prime);
+        assert_eq!(roll(&[&Exit::Hlt]), Digest(three));
+    }
+
+    #[test]
+    fn how_output_is_cut_into_calls_does_not_matter() {
+        let mut whole = ConsoleDigest::default();
+        whole.add(Channel::Com1, b"hello");
+        whole.add(Channel::DebugConsole, b"x");
+        let mut cut = ConsoleDigest::default();
+        cut.add(Channel::Com1, b"he");
+        cut.add(Channel::DebugConsole, b"x");
+        cut.add(Channel::Com1, b"llo");
+        assert_eq!((whole.digest(), whole.len()), (cut.digest(), cut.len()));
+        cut.add(Channel::DebugConsole, b"!");
+        assert_ne!(whole.digest(), cut.digest());
+    }
+}

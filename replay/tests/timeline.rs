@@ -302,6 +302,7 @@ fn a_change_leaves_the_recording_and_going_back_returns_to_it() {
     let stop = patiently(|| timeline.resume(Resume::Continue, LONG).expect("run"));
     assert_eq!(stop, Stop::Ended(End::DebugExit(7)), "in its own way");
     assert!(timeline.branched() && timeline.divergence().is_none());
+    assert_eq!(timeline.report().outcome, Outcome::Unfinished);
     assert_eq!(
         timeline.cpu(VcpuId::BOOT).expect("state").regs[Gpr::R15],
         0x1234
@@ -366,6 +367,22 @@ fn an_engine_that_does_not_count_is_refused() {
         error.map(|_| ()),
         Err(OpenTimelineError::Engine(_))
     ));
+}
+
+#[test]
+fn a_machine_that_cannot_be_is_refused() {
+    let mut trace = open(crate::trace());
+    trace.machine.memory = u64::MAX;
+    let made = Timeline::of(trace, "t".to_owned(), &|_, _, _| unreachable!());
+    assert!(matches!(made.map(|_| ()), Err(OpenTimelineError::Build(_))));
+    let mut trace = open(crate::trace());
+    trace.images[0].bytes.truncate(100);
+    let made = Timeline::of(trace, "t".to_owned(), &|_, _, _| unreachable!());
+    assert!(matches!(made.map(|_| ()), Err(OpenTimelineError::Build(_))));
+    let mut trace = open(crate::trace());
+    trace.images.clear();
+    let made = Timeline::of(trace, "t".to_owned(), &|_, _, _| unreachable!());
+    assert!(matches!(made.map(|_| ()), Err(OpenTimelineError::NoKernel)));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Purpose: feed a machine what it was fed when it was recorded, at the same moments, and compare what it does with what it did.
 //! Invariants:
 //! - The log is consumed strictly in order; anything that does not fit its next record is a [`Divergence`].
-//! - Every digest on the way is compared. [`Replayer::verify_end`] compares everything else when the machine has ended.
+//! - Every digest on the way is compared. Everything else is compared when the machine has ended (`verify_end`).
 //! - A moment is found exactly: at its sync point, at its position, or at the first boundary that matches its landmark.
 //!
 //! Elsewhere: the loop ([`machine::session`]), which delivers; moving along the timeline ([`crate::timeline`]).

@@ -5,9 +5,9 @@
 //! Invariants:
 //! - Between calls the machine stands at a clean boundary. Moving is invisible to the guest and never changes what the recorded course is.
 //! - Going back is restoring a snapshot and running forward; what is reached is verified like the first time.
-//! - A change to CPU or memory leaves the recording ([`Timeline::branched`]); going back before it returns to the recording.
+//! - A change to CPU or memory leaves the recording ([`machine::debuggable::Debuggable::branched`]); going back before it returns to the recording.
 //!
-//! Elsewhere: the log's meaning ([`crate::replayer`]); gdb and the terminal UI, which see a [`Debuggable`].
+//! Elsewhere: the log's meaning ([`crate::replayer`]); gdb and the terminal UI, which see a [`machine::debuggable::Debuggable`].
 
 mod backward;
 mod debuggable;
@@ -76,7 +76,7 @@ pub enum Outcome {
     },
     /// It left the recording.
     Diverged(Divergence),
-    /// It has not come to an end.
+    /// It has not come to the recording's end, or a debugger's change has left the recording.
     Unfinished,
 }
 
@@ -259,6 +259,7 @@ impl Timeline {
         let tape = self.session.environment_ref();
         let outcome = match (&self.divergence, &self.stopped) {
             (Some(divergence), _) => Outcome::Diverged(divergence.clone()),
+            _ if tape.live.is_some() => Outcome::Unfinished,
             (None, Some(Stop::Ended(_))) => Outcome::Verified,
             (None, Some(Stop::EndOfHistory)) => Outcome::Incomplete {
                 reason: self.damage.as_ref().map(ToString::to_string),

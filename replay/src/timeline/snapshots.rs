@@ -4,7 +4,8 @@
 //! Invariants:
 //! - A snapshot holds at least the pages that differ from the snapshot before it; the first holds every page that was not zero at the start.
 //! - A page that was never reported dirty is as it was at the start, in every snapshot.
-//! - Their number is bounded: when there are too many, the one whose absence lengthens the way least goes, and its pages pass to its successor.
+//! - Their number and the memory they take are bounded: when there are too many, the one whose absence lengthens the way least goes, and its
+//!   pages pass to its successor.
 //!
 //! Elsewhere: deciding when to take one ([`super`]).
 
@@ -19,6 +20,11 @@ use x86::{CpuState, PAGE_SIZE, PageFrame, Position, VcpuId};
 const MOST: usize = 64;
 /// Instructions between two of them, unless told otherwise.
 const SPACING: u64 = 4 << 20;
+
+/// The most pages all of them may hold together: 512 MiB. Two are kept in any case.
+const MOST_PAGES: usize = 128 << 10;
+/// Instructions between two snapshots for each page copied, so that copying stays a small part of the work.
+const SPACING_PER_PAGE: u64 = 128;
 
 type Page = Box<[u8; PAGE_SIZE as usize]>;
 
@@ -64,12 +70,16 @@ impl Snapshots {
 
     /// Where the next one is due for a machine that runs forward past the last.
     pub(super) fn next_due(&self) -> Position {
-        let last = self
-            .list
-            .last()
-            .map_or(Position::START, |snapshot| snapshot.position);
+        let Some(last) = self.list.last() else {
+            return Position::START;
+        };
+        let copied = last.pages.len() as u64 * SPACING_PER_PAGE;
+        let last = last.position;
         // A long way has its snapshots further apart from the start on, instead of losing most again.
-        let spacing = self.spacing.max(last.retired.get() / MOST as u64);
+        let spacing = self
+            .spacing
+            .max(last.retired.get() / MOST as u64)
+            .max(copied);
         Position {
             retired: last.retired.saturating_add(spacing),
             within: 0,
@@ -107,10 +117,15 @@ impl Snapshots {
             .list
             .partition_point(|snapshot| snapshot.position <= position);
         self.list.insert(at, snapshot);
-        if self.list.len() > MOST {
+        while self.list.len() > MOST || (self.list.len() > 2 && self.pages() > MOST_PAGES) {
             self.thin();
         }
         Ok(())
+    }
+
+    /// Pages held by all of them.
+    fn pages(&self) -> usize {
+        self.list.iter().map(|snapshot| snapshot.pages.len()).sum()
     }
 
     /// Forgets those after `position`: another future begins.

@@ -259,3 +259,143 @@ pub struct Totals {
     /// How long the recording took on the host, in nanoseconds.
     pub host_nanos: u64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use machine::environment::Channel;
+
+    fn bytes(value: &impl Serialize) -> Vec<u8> {
+        postcard::to_stdvec(value).expect("encode")
+    }
+
+    // These bytes are the format: if one of these tests fails, so must readers of old traces.
+
+    #[test]
+    fn the_machine_chunk_is_fixed() {
+        let machine = MachineRecord {
+            chronovisor: "0.1".to_owned(),
+            engine: EngineKind::Soft,
+            host: HostCpu {
+                vendor: "V".to_owned(),
+                model: "M".to_owned(),
+            },
+            memory: 0x4000,
+            cpu: CpuModel::V2,
+            board: BoardConfig { boot_time: -1 },
+            cmdline: "c".to_owned(),
+            images: 1,
+        };
+        let expected = b"\x030.1\x01\x01V\x01M\x80\x80\x01\x00\x01\x01c\x01";
+        assert_eq!(bytes(&machine), expected);
+        assert_eq!(
+            postcard::from_bytes::<MachineRecord>(expected).expect("decode"),
+            machine
+        );
+    }
+
+    #[test]
+    fn the_end_chunk_is_fixed() {
+        let part = |n| Digest(u64::from_le_bytes([n; 8]));
+        let cpu = CpuDigest {
+            registers: part(1),
+            segments: part(2),
+            system: part(3),
+            fpu: part(4),
+            msrs: part(5),
+        };
+        let registers = Registers {
+            gpr: [0; 16],
+            rip: 0x80,
+            rflags: 2,
+        };
+        let end = EndRecord {
+            end: End::DebugExit(200),
+            after: SyncOrdinal(9),
+            position: Some(Position {
+                within: 2,
+                ..Position::at(300)
+            }),
+            cpu: Some((registers, cpu)),
+            memory: part(6),
+            board: part(7),
+            exits: part(8),
+            console: part(9),
+            totals: Totals {
+                arrivals: 1,
+                landmarks: 2,
+                clock_reads: 3,
+                entropy_bytes: 4,
+                digests: 5,
+                console_bytes: 6,
+                exits: 7,
+                last_time: Nanos::new(8),
+                host_nanos: 9,
+            },
+        };
+        let mut expected = vec![0, 200, 9, 1, 0xac, 2, 2, 1];
+        expected.extend([0; 16]);
+        expected.extend([0x80, 1, 2]);
+        expected.extend((1..10).flat_map(|n| [n; 8]));
+        expected.extend(1..10);
+        assert_eq!(bytes(&end), expected);
+        assert_eq!(
+            postcard::from_bytes::<EndRecord>(&expected).expect("decode"),
+            end
+        );
+    }
+
+    #[test]
+    fn a_digest_record_is_fixed() {
+        let part = |n| Digest(u64::from_le_bytes([n; 8]));
+        let cpu = CpuDigest {
+            registers: part(1),
+            segments: part(2),
+            system: part(3),
+            fpu: part(4),
+            msrs: part(5),
+        };
+        let digest = DigestRecord {
+            position: None,
+            registers: Registers {
+                gpr: [0; 16],
+                rip: 1,
+                rflags: 2,
+            },
+            cpu,
+            pages: vec![PageDigest {
+                page: PageFrame::new(5),
+                digest: part(6),
+            }],
+            board: part(7),
+            exits: part(8),
+            console: part(9),
+        };
+        let mut expected = vec![0];
+        expected.extend([0; 16]);
+        expected.extend([1, 2]);
+        expected.extend((1..6).flat_map(|n| [n; 8]));
+        expected.extend([1, 5]);
+        expected.extend((6..10).flat_map(|n| [n; 8]));
+        assert_eq!(bytes(&digest), expected);
+    }
+
+    #[test]
+    fn the_numbers_of_variants_are_fixed() {
+        for (value, number) in [(EngineKind::Kvm, 0), (EngineKind::Soft, 1)] {
+            assert_eq!(bytes(&value), [number]);
+        }
+        for (value, number) in [(Channel::Com1, 0), (Channel::DebugConsole, 1)] {
+            assert_eq!(bytes(&value), [number]);
+        }
+        let ends = [
+            End::TripleFault,
+            End::Reset,
+            End::HaltedForever,
+            End::Stopped,
+        ];
+        for (value, number) in ends.iter().zip(1..) {
+            assert_eq!(bytes(value), [number]);
+        }
+    }
+}
