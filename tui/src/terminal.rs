@@ -2,7 +2,8 @@
 //!
 //! Purpose: raw mode and the alternate screen for as long as the UI runs; the loop of frames, keys and slices of the machine's work.
 //! Invariants: on every way out (return, error, panic in any thread, SIGINT, SIGTERM, SIGHUP) the terminal's modes, screen and cursor are as they were.
-//! A first signal ends the loop at the next slice; a second one does not wait for it.
+//! A first signal ends the loop at the next slice; a second one does not wait for it, nor does the first for a loop that is stuck.
+//! A terminal that goes away ends the UI.
 //! Elsewhere: everything that is on the screen.
 //! Source: termios(3); ECMA-48 and xterm's control sequences, by crossterm.
 
@@ -16,17 +17,21 @@ use crossterm::{cursor, execute, terminal};
 use machine::debuggable::Debuggable;
 use ratatui::Terminal;
 use ratatui::backend::CrosstermBackend;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGTSTP};
 use signal_hook::iterator::Signals;
 use std::io::{self, IsTerminal, Stdout};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The machine runs this long between two frames.
 const SLICE: Duration = Duration::from_millis(40);
-/// Without a key, signals are looked for this often.
+/// Without a key, signals are looked for this often. Less than a second.
 const IDLE: Duration = Duration::from_millis(100);
+/// A loop that has not ended so long after a signal is stuck, and the process ends without it.
+const GRACE: Duration = Duration::from_secs(3);
 
 /// Whether the terminal is in the UI's hands.
 static TAKEN: AtomicBool = AtomicBool::new(false);
@@ -58,6 +63,8 @@ pub(crate) fn run(machine: &mut dyn Debuggable, mut app: App<'_>) -> Result<(), 
     let mut screen = Terminal::new(CrosstermBackend::new(io::stdout()))
         .map_err(failed("setting up the screen"))?;
     let result = frames(machine, &mut app, &mut screen, &signals);
+    // Its destructor would show the cursor, as the guard does, and panic where the terminal has gone away.
+    std::mem::forget(screen);
     drop(guard);
     result
 }
@@ -88,10 +95,9 @@ fn frames(
             IDLE
         };
         redraw = app.job.is_some();
+        await_input(wait).map_err(failed("waiting for a key"))?;
         // A burst of keys (a paste, a key held down) is taken in before the next frame.
-        let mut wait = wait;
-        while !app.quit && event::poll(wait).map_err(failed("waiting for a key"))? {
-            wait = Duration::ZERO;
+        while !app.quit && event::poll(Duration::ZERO).map_err(failed("waiting for a key"))? {
             redraw = true;
             if let Event::Key(key) = event::read().map_err(failed("reading a key"))? {
                 match app.key(key) {
@@ -110,6 +116,33 @@ fn frames(
         }
     }
     Ok(())
+}
+
+/// Waits until a key may have been pressed, `wait` at most. A terminal that has gone away is an error: crossterm would read its end
+/// of file over and over and never come back.
+fn await_input(wait: Duration) -> io::Result<()> {
+    let stdin = io::stdin();
+    let mut input = [PollFd::new(&stdin, PollFlags::IN)];
+    let timeout = Timespec {
+        tv_sec: 0,
+        tv_nsec: wait.subsec_nanos().into(),
+    };
+    match poll(&mut input, Some(&timeout)) {
+        // A signal; the loop looks at them next.
+        Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+        Ok(_)
+            if input[0]
+                .revents()
+                .intersects(PollFlags::HUP | PollFlags::ERR) =>
+        {
+            Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the terminal has gone away",
+            ))
+        }
+        Ok(_) => Ok(()),
+    }
 }
 
 fn draw(
@@ -228,10 +261,28 @@ impl Drop for SignalWatch {
 fn watch(mut signals: Signals) {
     for signal in signals.forever() {
         let first = FIRST_SIGNAL.swap(signal, Ordering::SeqCst) == 0;
-        if !(first && RUNNING.load(Ordering::SeqCst)) {
-            restore();
-            // Ends the process as the signal would have without us.
-            let _ = signal_hook::low_level::emulate_default_handler(signal);
+        if first && RUNNING.load(Ordering::SeqCst) {
+            std::thread::spawn(move || end_if_stuck(signal));
+        } else {
+            end_now(signal);
         }
     }
+}
+
+/// Ends the process if the loop does not end after `signal`.
+fn end_if_stuck(signal: i32) {
+    let since = Instant::now();
+    while RUNNING.load(Ordering::SeqCst) {
+        if since.elapsed() > GRACE {
+            end_now(signal);
+            return;
+        }
+        std::thread::sleep(IDLE);
+    }
+}
+
+/// Ends the process as the signal would have without us.
+fn end_now(signal: i32) {
+    restore();
+    let _ = signal_hook::low_level::emulate_default_handler(signal);
 }

@@ -19,6 +19,9 @@ use std::time::Duration;
 /// Names what the child is to do.
 const CHILD: &str = "CHRONOVISOR_TUI_TEST_CHILD";
 
+/// The status of a child that lost its terminal, and noticed.
+const LEFT: i32 = 73;
+
 /// The UI, when this program runs itself.
 #[test]
 fn child() {
@@ -29,6 +32,8 @@ fn child() {
     machine.endless = true;
     machine.bug_at = (role == "bug").then_some(3);
     match tui::run(&mut machine, &symbols(), tui::Options::default()) {
+        // The test harness does not get over the loss of its standard output.
+        Err(_) if role == "hangup" => std::process::exit(LEFT),
         Ok(()) => println!("left by quitting"),
         Err(error) => println!("left by error: {error}"),
     }
@@ -69,45 +74,68 @@ impl Output {
     }
 }
 
+/// The UI, just started on a pseudo-terminal.
+struct Started {
+    terminal: File,
+    line: OwnedFd,
+    before: Termios,
+    child: Child,
+}
+
+fn start(role: &str) -> Started {
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
+        .expect("pseudo-terminal");
+    grantpt(&terminal).expect("grant");
+    unlockpt(&terminal).expect("unlock");
+    let name = ptsname(&terminal, Vec::new()).expect("name");
+    let path = name.to_str().expect("a path in ASCII");
+    let open = || {
+        File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .expect("terminal")
+    };
+    let line = OwnedFd::from(open());
+    let size = Winsize {
+        ws_row: 24,
+        ws_col: 80,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(&line, size).expect("size");
+    let before = tcgetattr(&line).expect("modes");
+    // In a session of its own the child finds the pseudo-terminal and not the developer's. No group leader, it becomes
+    // the program without forking.
+    let child = Command::new("setsid")
+        .arg("--ctty")
+        .arg(std::env::current_exe().expect("own path"))
+        .args(["--exact", "child", "--nocapture", "--test-threads=1"])
+        .env(CHILD, role)
+        .env("TERM", "xterm-256color")
+        .env("LC_ALL", "C.UTF-8")
+        .env("RUST_BACKTRACE", "0")
+        .stdin(open())
+        .stdout(open())
+        .stderr(open())
+        .spawn()
+        .expect("setsid of util-linux");
+    Started {
+        terminal: File::from(terminal),
+        line,
+        before,
+        child,
+    }
+}
+
 impl Desk {
     fn open(role: &str) -> Self {
-        let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("pseudo-terminal");
-        grantpt(&terminal).expect("grant");
-        unlockpt(&terminal).expect("unlock");
-        let name = ptsname(&terminal, Vec::new()).expect("name");
-        let path = name.to_str().expect("a path in ASCII");
-        let open = || {
-            File::options()
-                .read(true)
-                .write(true)
-                .open(path)
-                .expect("terminal")
-        };
-        let line = OwnedFd::from(open());
-        let size = Winsize {
-            ws_row: 24,
-            ws_col: 80,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        tcsetwinsize(&line, size).expect("size");
-        let before = tcgetattr(&line).expect("modes");
-        // In a session of its own the child finds the pseudo-terminal and not the developer's. No group leader, it becomes
-        // the program without forking.
-        let child = Command::new("setsid")
-            .arg("--ctty")
-            .arg(std::env::current_exe().expect("own path"))
-            .args(["--exact", "child", "--nocapture", "--test-threads=1"])
-            .env(CHILD, role)
-            .env("TERM", "xterm-256color")
-            .env("LC_ALL", "C.UTF-8")
-            .env("RUST_BACKTRACE", "0")
-            .stdin(open())
-            .stdout(open())
-            .stderr(open())
-            .spawn()
-            .expect("setsid of util-linux");
-        let terminal = File::from(terminal);
+        let Started {
+            terminal,
+            line,
+            before,
+            child,
+        } = start(role);
         let output = Arc::new(Output::default());
         collect(
             terminal.try_clone().expect("second handle"),
@@ -218,6 +246,33 @@ fn a_panic_restores_the_terminal_before_it_is_reported() {
         .expect("left the alternate screen");
     let reported = output.find("a bug of ours").expect("the panic's message");
     assert!(restored < reported, "{output}");
+}
+
+#[test]
+fn a_terminal_that_goes_away_ends_the_ui() {
+    let Started {
+        mut terminal,
+        line,
+        mut child,
+        ..
+    } = start("hangup");
+    let mut seen = Vec::new();
+    let mut bytes = [0; 4096];
+    while !String::from_utf8_lossy(&seen).contains("registers") {
+        let count = terminal.read(&mut bytes).expect("the UI draws");
+        seen.extend_from_slice(&bytes[..count]);
+    }
+    let pid = Pid::from_child(&child);
+    drop((terminal, line));
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::spawn(move || ended.send(child.wait()));
+    // The time limit only turns a hang into a failure.
+    let hang = Duration::from_secs(120);
+    let Ok(status) = end.recv_timeout(hang) else {
+        let _ = kill_process(pid, Signal::KILL);
+        panic!("the UI runs on without a terminal");
+    };
+    assert_eq!(status.expect("reaped").code(), Some(LEFT));
 }
 
 #[test]
