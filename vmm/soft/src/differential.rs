@@ -1,8 +1,10 @@
 //! Plain instructions against the host CPU.
 //!
-//! What is checked: random instructions on random registers, flags, memory, x87 and SSE state, once by [`crate::Stepper`] and
+//! What is checked: random plain instructions, and those of the others that user mode may execute in a straight line, on random registers, flags, memory, x87 and SSE state, once by [`crate::Stepper`] and
 //! once natively in this process, must leave the same state: every register, every flag (the undefined ones too), every byte.
 //! The guest's data lies at the same linear address as the host's copy of it, in scattered physical pages.
+//!
+//! Exceptions may be unmasked: x87 then shows them as pending, and SSE raises SIGFPE here where the guest has #XM.
 //!
 //! The native side is one page of code below 2 GiB that loads everything from a structure beside it, RSP last, executes
 //! the instruction and stores everything back.
@@ -11,23 +13,31 @@
 
 use crate::decode::{Decoded, decode};
 use crate::op::{Kind, Op, Special};
-use crate::stub::{MemoryUse, Stubs};
+use crate::stub::Stubs;
 use crate::{Pending, Step, Stepper};
 use iced_x86::code_asm::*;
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpKind, Register};
 use machine::GuestMemory;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use x86::regs::{Cr0, Cr4, Efer, rflags};
-use x86::{CpuModel, CpuState, FpuState, GuestPhysAddr, Segment, SegmentRegister, Vector};
+use x86::{
+    CpuModel, CpuState, Exception, Exit, ExitControls, FpuState, GuestPhysAddr, Segment,
+    SegmentRegister, Vector,
+};
 
 /// Where the data is, for guest and host.
 const DATA: u64 = 0x10_0000_0000;
-const DATA_PAGES: u64 = 4;
 const DATA_LEN: usize = 4 * 4096;
 /// Guest-linear and guest-physical address of the code.
 const CODE: u64 = 0x5000;
 /// Guest-physical pages of the data, in linear order.
 const FRAMES: [u64; 4] = [0x2_3000, 0x2_1000, 0x2_7000, 0x2_2000];
+
+/// Flags of MXCSR.
+const OVERFLOW: u32 = 1 << 3;
+const UNDERFLOW: u32 = 1 << 4;
+const INEXACT: u32 = 1 << 5;
 
 struct Random(u64);
 
@@ -66,6 +76,39 @@ struct Native {
     rflags: u64,
     host_rsp: u64,
     host_fx: [u8; 512],
+}
+
+/// Where the native code goes on after SIGFPE, and whether there was one.
+static AFTER: AtomicU64 = AtomicU64::new(0);
+static RAISED: AtomicBool = AtomicBool::new(false);
+
+/// #XM of the native instruction: goes on behind it. MXCSR comes back from the frame with its flags.
+extern "C" fn on_sigfpe(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let context = context.cast::<libc::ucontext_t>();
+    unsafe {
+        let registers = &mut (*context).uc_mcontext.gregs;
+        registers[libc::REG_RIP as usize] = AFTER.load(Ordering::SeqCst) as i64;
+    }
+    RAISED.store(true, Ordering::SeqCst);
+}
+
+/// Handles SIGFPE of this thread on a stack of its own: the guest's RSP is no stack.
+fn catch_sigfpe() {
+    unsafe {
+        let mut stack: libc::stack_t = std::mem::zeroed();
+        stack.ss_size = 1 << 16;
+        stack.ss_sp = Box::leak(vec![0u8; 1 << 16].into_boxed_slice())
+            .as_mut_ptr()
+            .cast();
+        assert_eq!(libc::sigaltstack(&stack, std::ptr::null_mut()), 0);
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_sigfpe as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        assert_eq!(
+            libc::sigaction(libc::SIGFPE, &action, std::ptr::null_mut()),
+            0
+        );
+    }
 }
 
 struct Host {
@@ -114,8 +157,8 @@ impl Host {
         unsafe { self.page.add(CODE_ROOM).cast() }
     }
 
-    /// Executes `bytes` natively on the state.
-    fn run(&self, bytes: &[u8], state: &mut Native, data: &mut [u8]) {
+    /// Executes `bytes` natively on the state; true if that raised #XM.
+    fn run(&self, bytes: &[u8], state: &mut Native, data: &mut [u8]) -> bool {
         let base = self.native() as u64;
         let at = |offset: usize| ptr(base + offset as u64);
         let gpr_at = |n: usize| at(std::mem::offset_of!(Native, gpr) + 8 * n);
@@ -143,6 +186,12 @@ impl Host {
         for (n, register) in gprs.into_iter().enumerate() {
             a.mov(register, gpr_at(n)).unwrap();
         }
+        let before = a.assemble(self.page as u64).expect("assembles").len();
+        AFTER.store(
+            self.page as u64 + (before + bytes.len()) as u64,
+            Ordering::SeqCst,
+        );
+        RAISED.store(false, Ordering::SeqCst);
         a.db(bytes).unwrap();
         for (n, register) in gprs.into_iter().enumerate() {
             a.mov(gpr_at(n), register).unwrap();
@@ -176,6 +225,7 @@ impl Host {
             *state = self.native().read();
             std::ptr::copy_nonoverlapping(self.data, data.as_mut_ptr(), data.len());
         }
+        RAISED.load(Ordering::SeqCst)
     }
 }
 
@@ -245,7 +295,7 @@ struct Case {
 }
 
 /// Makes a case from a random instruction, with registers such that a memory operand lies in the data.
-fn case(stubs: &mut Stubs, random: &mut Random) -> Option<Case> {
+fn plain_case(stubs: &mut Stubs, random: &mut Random) -> Option<Case> {
     let Decoded::Op(op) = decode(stubs, 64, &random_bytes(random), CODE) else {
         return None;
     };
@@ -349,11 +399,16 @@ fn address(
 }
 
 fn random_fpu(random: &mut Random) -> FpuState {
+    let unmasked = if random.below(2) == 0 {
+        random.next() as u16 & 0x3f
+    } else {
+        0
+    };
     let mut fpu = FpuState {
-        fcw: 0x7f | (random.below(16) as u16) << 8,
+        fcw: 0x7f & !unmasked | (random.below(16) as u16) << 8,
         fsw: (random.below(8) as u16) << 11 | (random.next() as u16 & 0x4700),
         ftw: random.next() as u8,
-        mxcsr: 0x1f80 | random.next() as u32 & 0xe07f & !0x40,
+        mxcsr: 0x1f80 & !(u32::from(unmasked) << 7) | random.next() as u32 & 0xe07f,
         ..FpuState::default()
     };
     for xmm in &mut fpu.xmm {
@@ -379,6 +434,84 @@ fn random_fpu(random: &mut Random) -> FpuState {
     fpu
 }
 
+/// Instructions with code of their own that user mode can execute natively without leaving the trampoline.
+fn is_own_but_native(op: &Op) -> bool {
+    use Mnemonic as M;
+    let system = op.instruction.op0_register().is_segment_register()
+        || op.instruction.op1_register().is_segment_register();
+    let address_is_64_bit = !(0..op.instruction.op_count()).any(|n| {
+        use OpKind as K;
+        let kind = op.instruction.op_kind(n);
+        matches!(
+            kind,
+            K::MemorySegESI | K::MemoryESEDI | K::MemorySegSI | K::MemoryESDI
+        )
+    });
+    match op.kind {
+        Kind::Lea | Kind::PushRegister | Kind::PopRegister => true,
+        Kind::Own => {
+            let stack = matches!(
+                op.instruction.mnemonic(),
+                M::Push | M::Pop | M::Enter | M::Leave
+            );
+            let flags = matches!(op.instruction.mnemonic(), M::Cld | M::Std);
+            let port = matches!(
+                op.instruction.mnemonic(),
+                M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd
+            );
+            let string = op.instruction.is_string_instruction() && !port;
+            let table = op.instruction.mnemonic() == M::Xlatb && op.address.mask == u64::MAX;
+            (stack || flags || string || table) && !system && address_is_64_bit
+        }
+        _ => false,
+    }
+}
+
+/// The same for an instruction with code of its own.
+fn own_case(stubs: &mut Stubs, random: &mut Random) -> Option<Case> {
+    let Decoded::Op(op) = decode(stubs, 64, &random_bytes(random), CODE) else {
+        return None;
+    };
+    let relative = matches!(op.instruction.memory_base(), Register::RIP | Register::EIP);
+    if !is_own_but_native(&op) || relative {
+        return None;
+    }
+    let mut instruction = op.instruction;
+    let mut gpr: [u64; 16] = std::array::from_fn(|_| random.value());
+    // RSP, RBP, RSI, RDI and RBX point into the data.
+    for n in [3usize, 4, 5, 6, 7] {
+        gpr[n] = DATA + 0x2000 - 256 + random.below(512);
+    }
+    let string = instruction.is_string_instruction();
+    if string {
+        gpr[1] = random.below(30);
+    }
+    if instruction.mnemonic() == Mnemonic::Enter && instruction.immediate16() > 0x1000 {
+        return None;
+    }
+    let memory = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == OpKind::Memory);
+    if memory && !matches!(instruction.mnemonic(), Mnemonic::Xlatb | Mnemonic::Lea) {
+        let stack = gpr[4];
+        address(&mut instruction, &op, &mut gpr, random)?;
+        if gpr[4] != stack {
+            // RSP is the operand's base as well as the stack: only if that is in the data too.
+            return None;
+        }
+    }
+    instruction.set_segment_prefix(Register::None);
+    let mut encoder = Encoder::new(64);
+    encoder.encode(&instruction, CODE).ok()?;
+    let bytes = encoder.take_buffer();
+    let Decoded::Op(op) = decode(stubs, 64, &bytes, CODE) else {
+        return None;
+    };
+    is_own_but_native(&op).then(|| Case {
+        bytes,
+        op: *op,
+        gpr,
+    })
+}
+
 struct Rig {
     host: Host,
     memory: GuestMemory,
@@ -386,6 +519,7 @@ struct Rig {
     stepper: Stepper,
     seen: BTreeMap<String, u32>,
     faults: u32,
+    raised: u32,
 }
 
 impl Rig {
@@ -393,7 +527,7 @@ impl Rig {
         let mut cpu = self.start.clone();
         cpu.regs.gpr = case.gpr;
         cpu.regs.rip = CODE;
-        cpu.regs.rflags = rflags::FIXED | random.next() & rflags::STATUS;
+        cpu.regs.rflags = rflags::FIXED | random.next() & (rflags::STATUS | rflags::DF);
         cpu.fpu = random_fpu(random);
         let before = cpu.clone();
         let mut data: Vec<u8> = (0..DATA_LEN / 8)
@@ -417,22 +551,46 @@ impl Rig {
             .expect("in RAM");
         self.stepper
             .memory_written(GuestPhysAddr::new(CODE), case.bytes.len());
-        let step = self.stepper.step(&mut cpu, &mut Pending::new());
+        let mut pending = Pending::new();
+        self.stepper.forget_intercept();
+        let mut step = self.stepper.step(&mut cpu, &mut pending);
+        while matches!(step, Ok(Step::Within)) {
+            step = self.stepper.step(&mut cpu, &mut pending);
+        }
         let context = || format!("{:?} {:02x?}", case.op.instruction, case.bytes);
         let step = step.unwrap_or_else(|error| panic!("{error}: {}", context()));
-        if step != Step::Retired {
-            // There is no IDT: any fault ends so. Only a division may.
-            assert_ne!(case.op.special, Special::None, "{step:?}: {}", context());
+        let exception = Exception::plain(Vector::DE);
+        if step == Step::Exit(Exit::ExceptionOrNmi(exception)) {
+            assert_ne!(case.op.special, Special::None, "#DE: {}", context());
             self.faults += 1;
             return;
         }
-        self.host.run(&case.bytes, &mut native, &mut data);
+        let raised = self.host.run(&case.bytes, &mut native, &mut data);
+        self.raised += u32::from(raised);
+        let expected = if raised {
+            Step::Exit(Exit::ExceptionOrNmi(Exception::plain(Vector::XM)))
+        } else {
+            Step::Retired
+        };
+        assert_eq!(step, expected, "{}\nbefore: {before:x?}", context());
         let mut after = FpuState::default();
         after.set_fxsave(&native.fx);
         (after.fop, after.fip, after.fdp) = (0, 0, 0);
+        if raised && after.mxcsr & !after.mxcsr >> 7 & (OVERFLOW | UNDERFLOW) != 0 {
+            // The deviations that `plain` documents.
+            after.mxcsr |= cpu.fpu.mxcsr & INEXACT;
+        }
+        if raised
+            && matches!(
+                case.op.instruction.mnemonic(),
+                Mnemonic::Dpps | Mnemonic::Dppd
+            )
+        {
+            after.mxcsr |= cpu.fpu.mxcsr & (INEXACT | OVERFLOW | UNDERFLOW);
+        }
         let say = || format!("{}\nbefore: {before:x?}", context());
         assert_eq!(cpu.regs.gpr, native.gpr, "registers: {}", say());
-        let flags = rflags::STATUS;
+        let flags = rflags::STATUS | rflags::DF;
         assert_eq!(
             cpu.regs.rflags & flags,
             native.rflags & flags,
@@ -440,7 +598,8 @@ impl Rig {
             say()
         );
         assert_eq!(cpu.fpu, after, "x87 and SSE: {}", say());
-        assert_eq!(cpu.regs.rip, CODE + case.bytes.len() as u64);
+        let len = if raised { 0 } else { case.bytes.len() as u64 };
+        assert_eq!(cpu.regs.rip, CODE + len);
         let mut guest = vec![0; DATA_LEN];
         for (n, frame) in FRAMES.iter().enumerate() {
             let page = &mut guest[n * 4096..(n + 1) * 4096];
@@ -457,46 +616,67 @@ impl Rig {
     }
 }
 
-#[test]
-fn plain_instructions_do_what_the_host_does() {
+fn rig() -> Rig {
     let (memory, start) = guest();
-    let stepper = Stepper::new(memory.clone(), CpuModel::V2).expect("a stepper");
-    let mut rig = Rig {
-        host: Host::new(),
+    let mut stepper = Stepper::new(memory.clone(), CpuModel::V2).expect("a stepper");
+    let exception_bitmap = u32::MAX;
+    stepper.set_controls(&ExitControls {
+        exception_bitmap,
+        ..ExitControls::default()
+    });
+    let host = Host::new();
+    catch_sigfpe();
+    Rig {
+        host,
         memory,
         start,
         stepper,
         seen: BTreeMap::new(),
         faults: 0,
-    };
+        raised: 0,
+    }
+}
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .ok()
+        .and_then(|value| value.parse().ok())
+        .unwrap_or(default)
+}
+
+/// One test for both kinds: they share the address of the data.
+#[test]
+fn instructions_do_what_the_host_does() {
+    let mut rig = rig();
     let mut stubs = Stubs::new().expect("stub memory");
-    let seed = std::env::var("SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok());
-    let mut random = Random(seed.unwrap_or(0x9e37_79b9_7f4a_7c15));
-    let cases = std::env::var("CASES")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(40_000);
-    let (mut done, mut stores) = (0u32, 0u32);
+    let mut random = Random(setting("SEED", 0x9e37_79b9_7f4a_7c15));
+    let cases = setting("CASES", 40_000);
+    let mut done = 0;
     while done < cases {
-        let Some(case) = case(&mut stubs, &mut random) else {
+        let own = done % 10 == 0;
+        let make = if own { own_case } else { plain_case };
+        let Some(case) = make(&mut stubs, &mut random) else {
             continue;
         };
-        stores += u32::from(case.op.traits.memory != MemoryUse::None);
         rig.run(&case, &mut random);
         done += 1;
     }
     eprintln!(
-        "{} mnemonics, {} divide errors, {stores} with memory",
+        "{} mnemonics, {} #DE, {} #XM",
         rig.seen.len(),
-        rig.faults
+        rig.faults,
+        rig.raised
     );
     assert!(
         rig.seen.len() > 350,
         "too few kinds of instructions: {:?}",
         rig.seen.keys()
     );
-    assert!(rig.faults > 10 && rig.seen.contains_key("Idiv"));
-    let _ = (DATA_PAGES, Vector::DE);
+    assert!(rig.faults > 10, "some divisions must fail");
+    assert!(rig.raised > 100, "some exceptions must be raised");
+    for name in [
+        "Idiv", "Cmpsb", "Scasq", "Enter", "Leave", "Pop", "Xlatb", "Lea",
+    ] {
+        assert!(rig.seen.contains_key(name), "{name} was not tried");
+    }
 }

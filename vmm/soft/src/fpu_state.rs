@@ -6,6 +6,7 @@
 
 use crate::guest::Guest;
 use crate::op::{FpuChecks, Op};
+use crate::plain::enter_mmx;
 use crate::stop::{Exec, gp, plain};
 use iced_x86::{OpKind, Register};
 use x86::paging::AccessKind;
@@ -109,8 +110,12 @@ impl Guest<'_> {
     pub(crate) fn masked_move(&mut self, op: &Op) -> Exec {
         let (source, mask) = (op.instruction.op1_register(), op.instruction.op2_register());
         let len = if source.is_mm() { 8 } else { 16 };
-        let value = self.vector(source).to_le_bytes();
-        let mask = self.vector(mask).to_le_bytes();
+        let mut fpu = self.cpu.fpu.clone();
+        if source.is_mm() {
+            enter_mmx(&mut fpu);
+        }
+        let value = vector(&fpu, source).to_le_bytes();
+        let mask = vector(&fpu, mask).to_le_bytes();
         let rdi = self.cpu.regs[Gpr::Rdi];
         let base = match op.instruction.op0_kind() {
             OpKind::MemorySegDI => rdi & 0xffff,
@@ -121,23 +126,8 @@ impl Guest<'_> {
             let offset = base.wrapping_add(n as u64);
             self.write(op.address.segment, offset, 1, u64::from(value[n]))?;
         }
-        if source.is_mm() {
-            // Every MMX instruction leaves the x87 stack full with its top at 0.
-            self.cpu.fpu.fsw &= !0x3800;
-            self.cpu.fpu.ftw = 0xff;
-        }
+        self.cpu.fpu = fpu;
         Ok(())
-    }
-
-    fn vector(&self, register: Register) -> u128 {
-        let number = register.number();
-        if register.is_xmm() {
-            return self.cpu.fpu.xmm.get(number).copied().unwrap_or(0);
-        }
-        let mut bytes = [0; 16];
-        let st = self.cpu.fpu.st.get(number).copied().unwrap_or_default();
-        bytes[..8].copy_from_slice(&st[..8]);
-        u128::from_le_bytes(bytes)
     }
 
     /// CLFLUSH: checked like a load of one byte.
@@ -157,4 +147,16 @@ impl Guest<'_> {
             self.check_fpu(op.checks)
         }
     }
+}
+
+/// An XMM register, or an MMX register of an x87 stack with its top at 0.
+fn vector(fpu: &FpuState, register: Register) -> u128 {
+    let number = register.number();
+    if register.is_xmm() {
+        return fpu.xmm.get(number).copied().unwrap_or(0);
+    }
+    let mut bytes = [0; 16];
+    let st = fpu.st.get(number).copied().unwrap_or_default();
+    bytes[..8].copy_from_slice(&st[..8]);
+    u128::from_le_bytes(bytes)
 }

@@ -6,7 +6,9 @@
 //! x87 instructions leave FOP, FIP and FDP zero: hosts differ in what they keep there, and a trace must not.
 //!
 //! Deviation: an x87 store that an unmasked exception suppresses still writes the bytes that were there (and sets the
-//! dirty bit).
+//! dirty bit). Where an unmasked SIMD overflow or underflow is raised, MXCSR.PE says whether the masked result would be
+//! inexact, not whether the result with unlimited exponent is: it may be set where hardware leaves it clear. So may the
+//! overflow, underflow and precision flags when DPPS or DPPD raise an exception between two of their roundings.
 //! Elsewhere: [`crate::stub`].
 //! Source: Intel SDM vol. 2 (DIV, IDIV); vol. 1, 11.5 (SIMD floating-point exceptions), 8.7 (x87 exceptions).
 
@@ -15,9 +17,10 @@ use crate::memory::Span;
 use crate::op::{FpuChecks, Op, Special};
 use crate::stop::{Exec, gp, plain, ud};
 use crate::stub::MemoryUse;
+use iced_x86::Mnemonic;
 use x86::paging::AccessKind;
 use x86::regs::{Cr0, Cr4, rflags};
-use x86::{Gpr, Vector};
+use x86::{FpuState, Gpr, Vector};
 
 /// All six exceptions masked.
 const MXCSR_MASKED: u32 = 0x1f80;
@@ -221,7 +224,8 @@ impl Guest<'_> {
             };
         self.call_stub(op);
         raised |= self.frame.mxcsr & MXCSR_FLAGS;
-        if raised & unmasked & BEFORE_COMPUTING != 0 {
+        let rounds_once = !matches!(op.instruction.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd);
+        if raised & unmasked & BEFORE_COMPUTING != 0 && rounds_once {
             raised &= BEFORE_COMPUTING;
         }
         self.cpu.fpu.mxcsr = mxcsr | raised;
@@ -231,6 +235,9 @@ impl Guest<'_> {
         self.cpu.regs = registers;
         self.cpu.fpu = fpu;
         self.cpu.fpu.mxcsr = mxcsr | raised;
+        if op.traits.x87 {
+            enter_mmx(&mut self.cpu.fpu);
+        }
         if self.cpu.cr4.contains(Cr4::OSXMMEXCPT) {
             Err(plain(Vector::XM))
         } else {
@@ -310,6 +317,15 @@ impl Guest<'_> {
         };
         if fits { Ok(()) } else { Err(plain(Vector::DE)) }
     }
+}
+
+/// What every MMX instruction does to the x87 stack: its top becomes 0 and all of it is in use. Conversions between MMX and SSE
+/// registers do it even if they raise #XM. ST0..ST7 are held relative to the top, so they move.
+pub(crate) fn enter_mmx(fpu: &mut FpuState) {
+    let top = usize::from(fpu.fsw >> 11 & 7);
+    fpu.st.rotate_right(top);
+    fpu.fsw &= !0x3800;
+    fpu.ftw = 0xff;
 }
 
 #[inline]

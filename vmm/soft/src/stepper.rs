@@ -195,8 +195,8 @@ impl Stepper {
         self.past_intercept
     }
 
-    /// The CPU was put somewhere else: nothing reported before holds.
-    pub(crate) fn forget_intercept(&mut self) {
+    /// The CPU was given another state after an interception was reported: the next step may report one again.
+    pub fn forget_intercept(&mut self) {
         self.past_intercept = false;
     }
 
