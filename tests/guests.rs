@@ -75,10 +75,7 @@ fn every_guest_records_on_kvm_and_replays_on_soft() {
 
 #[test]
 fn a_run_prints_what_a_recording_prints() {
-    for fixture in fixtures::ALL
-        .iter()
-        .filter(|fixture| fixture.deterministic)
-    {
+    for fixture in fixtures::ALL.iter().filter(|fixture| fixture.deterministic) {
         let ran = run(&["run", fixture.name, "--engine", "soft"]);
         let end = end_of(ran.status.code());
         if let Err(mismatch) = fixture.expected.check_run(&ran.stdout, end) {
