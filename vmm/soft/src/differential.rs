@@ -1,25 +1,22 @@
 //! Plain instructions against the host CPU.
 //!
-//! What is checked: random plain instructions, and those of the others that user mode may execute in a straight line, on random registers, flags, memory, x87 and SSE state, once by [`crate::Stepper`] and
-//! once natively in this process, must leave the same state: every register, every flag (the undefined ones too), every byte.
+//! What is checked: random plain instructions, and those of the others that user mode may execute in a straight line, on
+//! random registers, flags, memory, x87 and SSE state, once by [`crate::Stepper`] and once natively in this process, must leave
+//! the same state: every register, every flag (the undefined ones too), every byte.
 //! The guest's data lies at the same linear address as the host's copy of it, in scattered physical pages.
 //!
 //! Exceptions may be unmasked: x87 then shows them as pending, and SSE raises SIGFPE here where the guest has #XM.
-//!
-//! The native side is one page of code below 2 GiB that loads everything from a structure beside it, RSP last, executes
-//! the instruction and stores everything back.
-#![allow(unsafe_code)] // Maps memory and jumps into code assembled here.
-#![allow(clippy::undocumented_unsafe_blocks)] // Test code; the module documentation says what it does.
+
+mod native;
 
 use crate::decode::{Decoded, decode};
 use crate::op::{Kind, Op, Special};
 use crate::stub::Stubs;
 use crate::{Pending, Step, Stepper};
-use iced_x86::code_asm::*;
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpKind, Register};
 use machine::GuestMemory;
+use native::{Host, Native, catch_sigfpe};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use x86::regs::{Cr0, Cr4, Efer, rflags};
 use x86::{
     CpuModel, CpuState, Exception, Exit, ExitControls, FpuState, GuestPhysAddr, Segment,
@@ -64,168 +61,6 @@ impl Random {
             5 => self.next() as i8 as i64 as u64,
             _ => self.next(),
         }
-    }
-}
-
-/// What the native side loads and stores.
-#[repr(C, align(64))]
-#[derive(Clone)]
-struct Native {
-    fx: [u8; 512],
-    gpr: [u64; 16],
-    rflags: u64,
-    host_rsp: u64,
-    host_fx: [u8; 512],
-}
-
-/// Where the native code goes on after SIGFPE, and whether there was one.
-static AFTER: AtomicU64 = AtomicU64::new(0);
-static RAISED: AtomicBool = AtomicBool::new(false);
-
-/// #XM of the native instruction: goes on behind it. MXCSR comes back from the frame with its flags.
-extern "C" fn on_sigfpe(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let context = context.cast::<libc::ucontext_t>();
-    unsafe {
-        let registers = &mut (*context).uc_mcontext.gregs;
-        registers[libc::REG_RIP as usize] = AFTER.load(Ordering::SeqCst) as i64;
-    }
-    RAISED.store(true, Ordering::SeqCst);
-}
-
-/// Handles SIGFPE of this thread on a stack of its own: the guest's RSP is no stack.
-fn catch_sigfpe() {
-    unsafe {
-        let mut stack: libc::stack_t = std::mem::zeroed();
-        stack.ss_size = 1 << 16;
-        stack.ss_sp = Box::leak(vec![0u8; 1 << 16].into_boxed_slice())
-            .as_mut_ptr()
-            .cast();
-        assert_eq!(libc::sigaltstack(&stack, std::ptr::null_mut()), 0);
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = on_sigfpe as *const () as usize;
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        assert_eq!(
-            libc::sigaction(libc::SIGFPE, &action, std::ptr::null_mut()),
-            0
-        );
-    }
-}
-
-struct Host {
-    page: *mut u8,
-    data: *mut u8,
-}
-
-const CODE_ROOM: usize = 4096;
-
-fn low_pages(len: usize) -> *mut u8 {
-    unsafe {
-        let at = libc::mmap(
-            std::ptr::null_mut(),
-            len,
-            libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT,
-            -1,
-            0,
-        );
-        assert_ne!(at, libc::MAP_FAILED);
-        at.cast()
-    }
-}
-
-impl Host {
-    fn new() -> Self {
-        let page = low_pages(CODE_ROOM + 4096);
-        let data = unsafe {
-            libc::mmap(
-                DATA as *mut _,
-                DATA_LEN,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
-                -1,
-                0,
-            )
-        };
-        assert_eq!(data as u64, DATA, "the data's address is free");
-        Self {
-            page,
-            data: data.cast(),
-        }
-    }
-
-    fn native(&self) -> *mut Native {
-        unsafe { self.page.add(CODE_ROOM).cast() }
-    }
-
-    /// Executes `bytes` natively on the state; true if that raised #XM.
-    fn run(&self, bytes: &[u8], state: &mut Native, data: &mut [u8]) -> bool {
-        let base = self.native() as u64;
-        let at = |offset: usize| ptr(base + offset as u64);
-        let gpr_at = |n: usize| at(std::mem::offset_of!(Native, gpr) + 8 * n);
-        let gprs = [
-            rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15,
-        ];
-        let mut a = CodeAssembler::new(64).expect("assembler");
-        let saved = [rbx, rbp, r12, r13, r14, r15];
-        for register in saved {
-            a.push(register).unwrap();
-        }
-        a.mov(
-            qword_ptr(base + std::mem::offset_of!(Native, host_rsp) as u64),
-            rsp,
-        )
-        .unwrap();
-        a.fxsave64(at(std::mem::offset_of!(Native, host_fx)))
-            .unwrap();
-        a.fxrstor64(at(std::mem::offset_of!(Native, fx))).unwrap();
-        a.push(qword_ptr(
-            base + std::mem::offset_of!(Native, rflags) as u64,
-        ))
-        .unwrap();
-        a.popfq().unwrap();
-        for (n, register) in gprs.into_iter().enumerate() {
-            a.mov(register, gpr_at(n)).unwrap();
-        }
-        let before = a.assemble(self.page as u64).expect("assembles").len();
-        AFTER.store(
-            self.page as u64 + (before + bytes.len()) as u64,
-            Ordering::SeqCst,
-        );
-        RAISED.store(false, Ordering::SeqCst);
-        a.db(bytes).unwrap();
-        for (n, register) in gprs.into_iter().enumerate() {
-            a.mov(gpr_at(n), register).unwrap();
-        }
-        a.mov(
-            rsp,
-            qword_ptr(base + std::mem::offset_of!(Native, host_rsp) as u64),
-        )
-        .unwrap();
-        a.pushfq().unwrap();
-        a.pop(qword_ptr(
-            base + std::mem::offset_of!(Native, rflags) as u64,
-        ))
-        .unwrap();
-        a.fxsave64(at(std::mem::offset_of!(Native, fx))).unwrap();
-        a.fxrstor64(at(std::mem::offset_of!(Native, host_fx)))
-            .unwrap();
-        for register in saved.into_iter().rev() {
-            a.pop(register).unwrap();
-        }
-        a.cld().unwrap();
-        a.ret().unwrap();
-        let code = a.assemble(self.page as u64).expect("assembles");
-        assert!(code.len() <= CODE_ROOM);
-        unsafe {
-            std::ptr::copy_nonoverlapping(code.as_ptr(), self.page, code.len());
-            std::ptr::copy_nonoverlapping(data.as_ptr(), self.data, data.len());
-            self.native().write(state.clone());
-            let function: extern "sysv64" fn() = std::mem::transmute(self.page);
-            function();
-            *state = self.native().read();
-            std::ptr::copy_nonoverlapping(self.data, data.as_mut_ptr(), data.len());
-        }
-        RAISED.load(Ordering::SeqCst)
     }
 }
 
@@ -505,7 +340,7 @@ fn own_case(stubs: &mut Stubs, random: &mut Random) -> Option<Case> {
     let Decoded::Op(op) = decode(stubs, 64, &bytes, CODE) else {
         return None;
     };
-    is_own_but_native(&op).then(|| Case {
+    is_own_but_native(&op).then_some(Case {
         bytes,
         op: *op,
         gpr,
@@ -533,13 +368,7 @@ impl Rig {
         let mut data: Vec<u8> = (0..DATA_LEN / 8)
             .flat_map(|_| random.value().to_le_bytes())
             .collect();
-        let mut native = Native {
-            fx: cpu.fpu.to_fxsave(),
-            gpr: cpu.regs.gpr,
-            rflags: cpu.regs.rflags,
-            host_rsp: 0,
-            host_fx: [0; 512],
-        };
+        let mut native = Native::new(&cpu);
         for (n, frame) in FRAMES.iter().enumerate() {
             let page = &data[n * 4096..(n + 1) * 4096];
             self.memory

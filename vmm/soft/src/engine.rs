@@ -7,6 +7,7 @@
 //! - A halted CPU executes nothing: a run returns [`Exit::InterruptWindow`] if the entry asks for it and IF is set, otherwise
 //!   [`Exit::BoundReached`] if there is a bound and [`Exit::Kicked`] if there is none; never [`Exit::Hlt`] again, which would count
 //!   as a new sync point.
+//! - A breakpoint stops before the first iteration of a REP instruction only: like the processor's own, it looks at RF.
 //! - A breakpoint or an interception that was the last exit, with the state unchanged since, is passed.
 //!
 //! Elsewhere: what a step is ([`crate::stepper`]).
@@ -20,6 +21,9 @@ use x86::regs::rflags;
 use x86::{
     Activity, CpuModel, CpuState, Exit, ExitControls, GuestPhysAddr, Position, Registers, VcpuId,
 };
+
+/// Iterations of REP between two looks at a kick.
+const ITERATIONS: u64 = 4096;
 
 /// Wakes the CPU out of a run.
 #[derive(Debug, Default)]
@@ -75,7 +79,11 @@ impl SoftEngine {
                 self.retired();
                 None
             }
-            Step::Within | Step::Delivered(_) => {
+            Step::Within => {
+                self.position.within += self.stepper.iterations();
+                None
+            }
+            Step::Delivered(_) => {
                 self.position.within += 1;
                 None
             }
@@ -119,6 +127,8 @@ impl SoftEngine {
         let breakpoints = !self.controls.breakpoints.is_empty();
         let trap = self.controls.monitor_trap_flag;
         loop {
+            self.stepper
+                .allow_iterations(self.iterations_allowed(window, until));
             if self.reached(until, passed) {
                 return Ok(Exit::BoundReached);
             }
@@ -148,6 +158,23 @@ impl SoftEngine {
         }
     }
 
+    /// How many iterations of REP may pass before something has to be looked at again.
+    #[inline]
+    fn iterations_allowed(&self, window: bool, until: Until<'_>) -> u64 {
+        let watched =
+            self.controls.monitor_trap_flag || window && self.cpu.regs.rflags & rflags::IF != 0;
+        match until {
+            _ if watched => 1,
+            Until::Exit => ITERATIONS,
+            Until::Position(position) if position.retired > self.position.retired => ITERATIONS,
+            Until::Position(position) => position
+                .within
+                .saturating_sub(self.position.within)
+                .min(ITERATIONS),
+            _ => 1,
+        }
+    }
+
     #[inline]
     fn reached(&self, until: Until<'_>, passed: bool) -> bool {
         match until {
@@ -172,6 +199,7 @@ impl SoftEngine {
     fn at_breakpoint(&self) -> bool {
         !self.past_breakpoint
             && self.cpu.pending.is_none()
+            && self.cpu.regs.rflags & rflags::RF == 0
             && self.controls.breakpoints.contains(&self.cpu.rip_linear())
     }
 }
@@ -197,6 +225,7 @@ impl Engine for SoftEngine {
         self.check(vcpu)?;
         self.stepper.enter(&self.cpu);
         self.stepper.set_retired(self.position.retired.get());
+        self.stepper.allow_iterations(1);
         let mut passed = false;
         if self.pending.incomplete() {
             self.pending.answer(entry.answer);

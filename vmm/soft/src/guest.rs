@@ -34,6 +34,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) next: u64,
     /// The instruction enters the kernel and cancels the single-step trap (INT n, SYSCALL).
     pub(crate) no_trap: bool,
+    /// How many iterations of a REP instruction this step may make, at least one; then how many it made.
+    pub(crate) iterations: u64,
     /// An interception that was reported at this boundary already and is to be executed now.
     pub(crate) past_intercept: bool,
 }

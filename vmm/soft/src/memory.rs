@@ -337,6 +337,12 @@ impl Memory {
         Ok(())
     }
 
+    /// Whether a store to this RAM page has no consequence but the page's contents.
+    pub(crate) fn is_plain_page(&self, addr: u64) -> bool {
+        let flags = self.pages.get((addr >> 12) as usize);
+        flags.is_some_and(|flags| flags & (CODE | TABLE) == 0)
+    }
+
     /// To be called before each store to RAM; the range lies in one page.
     #[inline]
     pub(crate) fn note_write(&mut self, addr: u64, len: usize) {

@@ -102,6 +102,17 @@ impl Ram {
         }
     }
 
+    /// Copies within RAM as if in one go; nothing unless both ranges are RAM.
+    pub(crate) fn copy(&self, from: u64, to: u64, len: u64) {
+        if self.contains(from, len) && self.contains(to, len) {
+            // SAFETY: both in bounds of the mapping, as just checked; the copy allows overlap.
+            unsafe {
+                let (from, to) = (self.host.add(from as usize), self.host.add(to as usize));
+                std::ptr::copy(from, to, len as usize);
+            }
+        }
+    }
+
     /// Sets bits of a little-endian word, as the page walker does with accessed and dirty bits.
     pub(crate) fn set_bits(&self, addr: u64, bits: u8) {
         self.store::<u8>(addr, self.load::<u8>(addr) | bits);

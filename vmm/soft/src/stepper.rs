@@ -82,6 +82,10 @@ pub struct Stepper {
     translating: Option<Translating>,
     time: u64,
     past_intercept: bool,
+    /// How many iterations of REP a step may make.
+    allowed_iterations: u64,
+    /// How many the last step made.
+    iterations: u64,
 }
 
 impl Stepper {
@@ -109,6 +113,8 @@ impl Stepper {
             translating: None,
             time: 0,
             past_intercept: false,
+            allowed_iterations: 1,
+            iterations: 1,
         })
     }
 
@@ -120,6 +126,16 @@ impl Stepper {
     /// Sets the number of instructions retired so far, which RDTSC reads.
     pub fn set_retired(&mut self, retired: u64) {
         self.time = retired;
+    }
+
+    /// Lets a step make up to this many iterations of a REP instruction; one at first, and never less.
+    pub fn allow_iterations(&mut self, count: u64) {
+        self.allowed_iterations = count.max(1);
+    }
+
+    /// How many iterations the last step made, if it was [`Step::Within`].
+    pub fn iterations(&self) -> u64 {
+        self.iterations
     }
 
     /// Executes one instruction, or one iteration of a REP instruction, or delivers `cpu.pending`.
@@ -243,11 +259,17 @@ impl Stepper {
             time: self.time,
             next,
             no_trap: false,
+            iterations: if single_step {
+                1
+            } else {
+                self.allowed_iterations
+            },
             past_intercept: self.past_intercept,
         };
         match guest.execute(op) {
             Ok(done) => {
                 let (next, no_trap) = (guest.next, guest.no_trap);
+                self.iterations = guest.iterations;
                 if single_step && !no_trap && cpu.shadow != InterruptShadow::MovSs {
                     cpu.dr6 |= DR6_BS;
                     cpu.pending = Some(Exception::plain(Vector::DB));
@@ -421,6 +443,7 @@ impl Stepper {
             time: self.time,
             next: back,
             no_trap: false,
+            iterations: 1,
             past_intercept: false,
         };
         let raised = guest.raise(event, back);

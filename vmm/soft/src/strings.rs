@@ -1,6 +1,6 @@
 //! String instructions: MOVS, CMPS, STOS, LODS, SCAS, INS, OUTS, with and without REP.
 //!
-//! Invariants: one call makes one iteration. Between iterations the registers are exactly what a processor shows there, so an
+//! Invariants: one call makes one iteration, or as many as it is allowed to, one after the other. Between iterations the registers are exactly what a processor shows there, so an
 //! interrupt, a page fault or a stop can come between any two. The last iteration, and a REP with a count of zero, retire the
 //! instruction.
 //! Elsewhere: ports ([`crate::io`]).
@@ -49,11 +49,20 @@ impl Guest<'_> {
         if repeated && count == 0 {
             return Ok(Done::Retired);
         }
-        self.element(op, address)?;
+        let allowed = if repeated {
+            self.iterations.min(count)
+        } else {
+            1
+        };
+        self.iterations = 1;
+        match self.bulk(op, address, allowed) {
+            Some(made) => self.iterations = made,
+            None => self.element(op, address)?,
+        }
         if !repeated {
             return Ok(Done::Retired);
         }
-        let left = truncate(count.wrapping_sub(1), address);
+        let left = truncate(count.wrapping_sub(self.iterations), address);
         self.set_gpr(RCX, address, left);
         let compares = matches!(
             instruction.mnemonic(),
@@ -72,6 +81,82 @@ impl Guest<'_> {
         } else {
             Done::Within
         })
+    }
+
+    /// Makes several iterations of MOVS or STOS at once, where nothing can come between them: upwards, within a page each of
+    /// RAM that is neither code nor page table. `None`: do one by one.
+    fn bulk(&mut self, op: &Op, address: usize, allowed: u64) -> Option<u64> {
+        use Mnemonic as M;
+        if allowed < 2 || self.flag(rflags::DF) {
+            return None;
+        }
+        let (size, moves) = match op.instruction.mnemonic() {
+            M::Movsb => (1, true),
+            M::Movsw => (2, true),
+            M::Movsd => (4, true),
+            M::Movsq => (8, true),
+            M::Stosb => (1, false),
+            M::Stosw => (2, false),
+            M::Stosd => (4, false),
+            M::Stosq => (8, false),
+            _ => return None,
+        };
+        let di = truncate(self.gpr(RDI), address);
+        let si = truncate(self.gpr(RSI), address);
+        let room = |linear: u64| (0x1000 - (linear & 0xfff)) / size;
+        let to = self.linear(ES, di, size as usize, true).ok()?;
+        let mut count = allowed.min(room(to));
+        let mut from = 0;
+        if moves {
+            from = self
+                .linear(op.address.segment, si, size as usize, false)
+                .ok()?;
+            count = count.min(room(from));
+        }
+        let len = count * size;
+        let wraps = |offset: u64| {
+            offset
+                .checked_add(len)
+                .is_none_or(|end| end > last_offset(address))
+        };
+        if count < 2 || wraps(di) || moves && wraps(si) || self.mode.alignment_check {
+            return None;
+        }
+        // The last byte lies within the segment as well.
+        self.linear(ES, di, len as usize, true).ok()?;
+        let user = self.mem.user;
+        if moves {
+            self.linear(op.address.segment, si, len as usize, false)
+                .ok()?;
+            from = self
+                .mem
+                .translate(self.cpu, from, AccessKind::Read, user)
+                .ok()?;
+        }
+        let to = self
+            .mem
+            .translate(self.cpu, to, AccessKind::Write, user)
+            .ok()?;
+        let ram = &self.mem.ram;
+        let inside = ram.contains(to, len) && (!moves || ram.contains(from, len));
+        // An overlap upwards repeats what was just written; that takes one element after the other.
+        let repeats = moves && to > from && to < from + len;
+        if !inside || repeats || !self.mem.is_plain_page(to) {
+            return None;
+        }
+        self.mem.note_write(to, len as usize);
+        if moves {
+            self.mem.ram.copy(from, to, len);
+            self.set_gpr(RSI, address, si.wrapping_add(len));
+        } else {
+            let value = self.rax().to_le_bytes();
+            for n in 0..count {
+                let bytes = value.get(..size as usize).unwrap_or_default();
+                self.mem.ram.write(to + n * size, bytes);
+            }
+        }
+        self.set_gpr(RDI, address, di.wrapping_add(len));
+        Some(count)
     }
 
     fn element(&mut self, op: &Op, address: usize) -> Exec {
@@ -156,6 +241,11 @@ impl Guest<'_> {
         self.mem
             .store_span(span, bytes.get(..size).unwrap_or_default(), self.pending)
     }
+}
+
+/// The largest offset of an address size.
+fn last_offset(address: usize) -> u64 {
+    truncate(u64::MAX, address)
 }
 
 /// Address size in bytes.

@@ -147,3 +147,46 @@ fn single_steps_fall_between_iterations() {
     assert_eq!(guest.stack(2) & rflags::RF, rflags::RF);
     assert_eq!(guest.cpu.dr6 & 1 << 14, 1 << 14);
 }
+
+/// The same instruction in one step and in steps of one iteration.
+#[test]
+fn many_iterations_in_one_step_are_many_steps() {
+    let cases: [(&[u8], u64, u64, u64); 8] = [
+        (&[0xf3, 0xa4], DATA, DATA + 0x1000, 300),       // movsb
+        (&[0xf3, 0x48, 0xa5], DATA, DATA + 0x1ff0, 300), // movsq across pages
+        (&[0xf3, 0xa4], DATA, DATA + 3, 300),            // repeats a pattern
+        (&[0xf3, 0xa4], DATA + 3, DATA, 300),
+        (&[0xf3, 0x66, 0xa5], DATA + 0xfff, DATA + 0x2001, 900), // elements across pages
+        (&[0xf3, 0xab], 0, DATA + 0x800, 3000),                  // stosd
+        (&[0xf3, 0xaa], 0, CODE - 20, 200),                      // over its own code
+        (&[0xf3, 0xaa], 0, DATA + 0x4f00, 1000),                 // into a page that is not there
+    ];
+    for (bytes, source, destination, count) in cases {
+        let mut guests: Vec<Guest> = [1, 7, 4096]
+            .into_iter()
+            .map(|iterations| {
+                let mut guest = Guest::long();
+                guest.stepper.allow_iterations(iterations);
+                let data: Vec<u8> = (0..0x3000u32).map(|n| (n * 7 + n / 256) as u8).collect();
+                guest.put(DATA, &data);
+                guest.map(DATA + 0x5000, 0);
+                guest
+                    .set(Gpr::Rsi, source)
+                    .set(Gpr::Rdi, destination)
+                    .set(Gpr::Rcx, count);
+                guest.set(Gpr::Rax, 0x9090_9090_9090_9090).raw(bytes);
+                let mut made = 0;
+                while let Step::Within = guest.step() {
+                    made += guest.stepper.iterations();
+                }
+                assert!(made < count, "{bytes:02x?}");
+                guest
+            })
+            .collect();
+        let one = guests.remove(0);
+        for other in guests {
+            assert_eq!(one.cpu, other.cpu, "{bytes:02x?}");
+            assert_eq!(one.memory.digest(), other.memory.digest(), "{bytes:02x?}");
+        }
+    }
+}
