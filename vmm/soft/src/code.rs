@@ -37,13 +37,17 @@ struct CodePage {
     settled: u64,
 }
 
-/// Where an operation is.
+/// Where an operation is: a page's number above the operation's in it. One small integer, so that it travels in a register.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Slot {
-    /// In a page.
-    Page(u32, u16),
-    /// The instruction crosses a page.
-    Crossing,
+pub(crate) struct Slot(u32);
+
+impl Slot {
+    /// The instruction that crosses a page.
+    const CROSSING: Self = Self(u32::MAX);
+
+    fn new(page: u32, op: u16) -> Self {
+        Self(page << 12 | u32::from(op) & 0xfff)
+    }
 }
 
 /// Why there is no operation.
@@ -91,10 +95,11 @@ impl Code {
     /// The operation in a slot just found.
     #[inline]
     pub(crate) fn get(&self, slot: Slot) -> Option<&Op> {
-        match slot {
-            Slot::Page(page, op) => self.pages.get(page as usize)?.ops.get(usize::from(op)),
-            Slot::Crossing => self.crossed.as_ref(),
+        if slot == Slot::CROSSING {
+            return self.crossed.as_ref();
         }
+        let page = self.pages.get((slot.0 >> 12) as usize)?;
+        page.ops.get((slot.0 & 0xfff) as usize)
     }
 
     /// The page's number, for [`Self::cached`] and [`Self::decode`].
@@ -131,7 +136,7 @@ impl Code {
     #[inline]
     pub(crate) fn cached(&self, page: u32, offset: usize) -> Option<Slot> {
         let index = *self.pages.get(page as usize)?.index.get(offset)?;
-        Some(Slot::Page(page, index.checked_sub(1)?))
+        Some(Slot::new(page, index.checked_sub(1)?))
     }
 
     /// Decodes the instruction at an offset in a page.
@@ -169,7 +174,7 @@ impl Code {
             }
         }
         self.ops += 1;
-        Ok(Slot::Page(page, index - 1))
+        Ok(Slot::new(page, index - 1))
     }
 
     /// The operation of bytes fetched from two pages; `None` if even they are too few.
@@ -180,7 +185,7 @@ impl Code {
         let key = (key, len as u8, bits);
         if let Some(&op) = self.crossing.get(&key) {
             self.crossed = Some(op);
-            return Some(Slot::Crossing);
+            return Some(Slot::CROSSING);
         }
         let op = self.decode_bytes(&bytes[..len], bits)?;
         if self.crossing.len() >= MAX_CROSSING {
@@ -188,7 +193,7 @@ impl Code {
         }
         self.crossing.insert(key, op);
         self.crossed = Some(op);
-        Some(Slot::Crossing)
+        Some(Slot::CROSSING)
     }
 
     fn decode_bytes(&mut self, bytes: &[u8], bits: u8) -> Option<Op> {

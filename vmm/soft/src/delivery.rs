@@ -77,6 +77,14 @@ impl Event {
     }
 }
 
+/// What virtual-8086 mode leaves on the stack and null in the registers, in the order of the pushes.
+const VIRTUAL_8086_DATA: [SegmentRegister; 4] = [
+    SegmentRegister::Gs,
+    SegmentRegister::Fs,
+    SegmentRegister::Ds,
+    SegmentRegister::Es,
+];
+
 /// Where the handler runs, and with which stack.
 struct Handler {
     cs: x86::Segment,
@@ -290,32 +298,38 @@ impl Guest<'_> {
         back: u64,
     ) -> Exec {
         let size = if gate.kind() >= 8 { 4 } else { 2 };
+        let old = self.cpu.segments;
+        let selector = |which: SegmentRegister| u64::from(old[which as usize].selector);
+        let old_sp = self.cpu.regs[Gpr::Rsp];
+        let mut words = [0; 10];
+        let mut count = 0;
+        let mut add = |word: u64| {
+            words[count] = word;
+            count += 1;
+        };
         let from_virtual = self.mode.cpu == CpuMode::Virtual8086;
-        let old_cs = self.cpu.segment(SegmentRegister::Cs).selector;
+        let mut stack = event.ext();
         if handler.cpl != self.mode.cpl {
-            let old_ss = self.cpu.segment(SegmentRegister::Ss).selector;
-            let old_sp = self.cpu.regs[Gpr::Rsp];
-            let old = self.cpu.segments;
             self.switch_stack(handler.cpl, event.ext())?;
+            stack |= selector_code(self.cpu.segment(SegmentRegister::Ss).selector);
             if from_virtual {
-                for which in [
-                    SegmentRegister::Gs,
-                    SegmentRegister::Fs,
-                    SegmentRegister::Ds,
-                    SegmentRegister::Es,
-                ] {
-                    self.push_as(handler.cpl, size, u64::from(old[which as usize].selector))?;
-                    self.cpu.segments[which as usize] = null_segment(0, 0);
+                for which in VIRTUAL_8086_DATA {
+                    add(selector(which));
+                    *self.cpu.segment_mut(which) = null_segment(0, 0);
                 }
             }
-            self.push_as(handler.cpl, size, u64::from(old_ss))?;
-            self.push_as(handler.cpl, size, old_sp)?;
+            add(selector(SegmentRegister::Ss));
+            add(old_sp);
         }
-        self.push_as(handler.cpl, size, image)?;
-        self.push_as(handler.cpl, size, u64::from(old_cs))?;
-        self.push_as(handler.cpl, size, back)?;
+        add(image);
+        add(selector(SegmentRegister::Cs));
+        add(back);
         if let Some(code) = event.error_code() {
-            self.push_as(handler.cpl, size, u64::from(code))?;
+            add(u64::from(code));
+        }
+        for word in &words[..count] {
+            let pushed = self.push_as(handler.cpl, size, *word);
+            pushed.map_err(|stop| frame_fault(stop, stack))?;
         }
         if handler.offset > u64::from(handler.cs.limit) {
             return Err(gp(event.ext()));
@@ -359,6 +373,14 @@ impl Guest<'_> {
             .stage(self.cpu, linear, u128::from(value), size, cpl == 3)?;
         self.set_stack_pointer(sp);
         Ok(())
+    }
+}
+
+/// A stack without room for a frame is #SS with the stack's selector if it was switched to, and the EXT bit.
+fn frame_fault(stop: Stop, code: u32) -> Stop {
+    match stop {
+        Stop::Fault(exception) if exception.vector == Vector::SS => coded(Vector::SS, code),
+        other => other,
     }
 }
 

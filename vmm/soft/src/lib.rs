@@ -5,9 +5,9 @@
 //!
 //! How an instruction executes:
 //! - *Plain* instructions (integer arithmetic, moves, SSE, MMX, x87) run natively, each in a stub generated once
-//!   ([`stub`]), with their memory operand in a scratch slot that [`plain`] fills and writes back.
+//!   (`stub.rs`), with their memory operand in a scratch slot that `plain.rs` fills and writes back.
 //! - Everything that touches control flow, the stack, segments, privilege, ports or the system has code of its own
-//!   ([`dispatch`] names the places).
+//!   (`dispatch.rs` names the places).
 //!
 //! Invariants: deterministic: nothing depends on the host but its arithmetic. No instruction changes state before all of its
 //! accesses have been checked. Where it deviates from hardware, the module in question says so under "Deviation" or "Not

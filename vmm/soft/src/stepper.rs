@@ -227,9 +227,12 @@ impl Stepper {
             return self.deliver_pending(cpu, pending, exception);
         }
         pending.rewind();
-        let slot = match self.fetch(cpu) {
-            Ok(slot) => slot,
-            Err(stop) => return self.stopped(cpu, pending, stop),
+        let slot = match self.fetch_quickly(cpu) {
+            Some(slot) => slot,
+            None => match self.fetch_slowly(cpu) {
+                Ok(slot) => slot,
+                Err(stop) => return self.stopped(cpu, pending, stop),
+            },
         };
         let Some(op) = self.code.get(slot) else {
             return self.stopped(
@@ -305,31 +308,38 @@ impl Stepper {
         }
     }
 
-    /// Finds the operation at RIP.
+    /// The linear address of RIP.
     #[inline]
-    fn fetch(&mut self, cpu: &CpuState) -> Exec<Slot> {
+    fn fetch_linear(&self, cpu: &CpuState) -> u64 {
         let rip = cpu.regs.rip;
-        if rip > self.mode.fetch_limit {
-            return Err(gp(0));
+        if self.mode.long {
+            return rip;
         }
-        let linear = if self.mode.long {
-            rip
-        } else {
-            cpu.segment(SegmentRegister::Cs).base.wrapping_add(rip) & 0xffff_ffff
-        };
-        let page = linear >> 12;
-        let window = self.windows[page as usize % WINDOWS];
-        if window.key == page ^ self.mode.fetch_key
-            && window.epoch == self.mem.epoch
-            && let Some(slot) = self.code.cached(window.page, (linear & 0xfff) as usize)
-        {
-            return Ok(slot);
-        }
-        self.fetch_slowly(cpu, linear)
+        cpu.segment(SegmentRegister::Cs).base.wrapping_add(rip) & 0xffff_ffff
     }
 
+    /// The operation at RIP, if it is decoded and its page known.
+    #[inline]
+    fn fetch_quickly(&self, cpu: &CpuState) -> Option<Slot> {
+        if cpu.regs.rip > self.mode.fetch_limit {
+            return None;
+        }
+        let linear = self.fetch_linear(cpu);
+        let page = linear >> 12;
+        let window = &self.windows[page as usize % WINDOWS];
+        if window.key != page ^ self.mode.fetch_key || window.epoch != self.mem.epoch {
+            return None;
+        }
+        self.code.cached(window.page, (linear & 0xfff) as usize)
+    }
+
+    /// Finds the operation at RIP.
     #[cold]
-    fn fetch_slowly(&mut self, cpu: &CpuState, linear: u64) -> Exec<Slot> {
+    fn fetch_slowly(&mut self, cpu: &CpuState) -> Exec<Slot> {
+        if cpu.regs.rip > self.mode.fetch_limit {
+            return Err(gp(0));
+        }
+        let linear = self.fetch_linear(cpu);
         let addr = self.fetch_address(cpu, linear)?;
         let bits = self.mode.bits;
         let page = self.code.page(&mut self.mem, addr, bits);

@@ -405,3 +405,23 @@ fn alignment_checks_hold_at_cpl_3() {
         .faults(Vector::AC);
     assert_eq!(guest.stack(0), 0);
 }
+
+#[test]
+fn a_stack_without_room_for_the_frame_is_named_in_the_error_code() {
+    // The stack of level 0 ends below ESP0; #SS is handled at level 3, where there is room.
+    let mut guest = Guest::protected().user32();
+    guest.descriptor(guest::SPARE, 0x0040_9300_0000_ffff);
+    guest.put(guest::TSS + 8, &u32::from(guest::SPARE).to_le_bytes());
+    let gate = (HANDLERS + 16 * 12) & 0xffff
+        | u64::from(guest::USER_CODE32) << 16
+        | 0xee << 40
+        | (HANDLERS >> 16) << 48;
+    guest.put(guest::IDT + 8 * 12, &gate.to_le_bytes());
+    guest.raw(&[0x0f, 0x0b]).faults(Vector::SS);
+    assert_eq!(
+        guest.stack32(0),
+        u32::from(guest::SPARE) | 1,
+        "selector and EXT"
+    );
+    assert_eq!((guest.stack32(1), guest.cpu.cpl()), (CODE as u32, 3));
+}
