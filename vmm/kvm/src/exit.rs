@@ -89,10 +89,7 @@ impl KvmEngine {
                 Ok(None)
             }
             KvmExit::Debug { pc } => Ok(self.debug(GuestVirtAddr::new(pc))),
-            KvmExit::Interrupted => {
-                self.kicked();
-                Ok(None)
-            }
+            KvmExit::Interrupted => self.kicked().map(|()| None),
             KvmExit::Finished => self.retire_exhausted_rep().map(|()| None),
             KvmExit::Failed(why) => Err(EngineError::Host {
                 operation: "KVM_RUN",
@@ -103,10 +100,21 @@ impl KvmEngine {
 
     /// A kick, or a signal meant for somebody else. KVM may have been about to execute the instruction at RIP, and have set
     /// accessed bits for it already: a moment that exists in no replay. So it is executed before the kick is reported.
-    fn kicked(&mut self) {
+    fn kicked(&mut self) -> Result<(), EngineError> {
         self.vcpu.kick().request();
         self.must_step = true;
         self.after_kick = true;
+        if self.quirks.hides_idt() {
+            self.fetch()?;
+            if self.cpu.pending.is_some() {
+                // KVM came as far as raising an exception it cannot deliver.
+                return self.recover();
+            }
+            // A SYSCALL may have been executed, and its fetch not have failed yet.
+            self.core = Core::Changed;
+            self.leave_nowhere();
+        }
+        Ok(())
     }
 
     fn scan_now_and_then(&mut self) -> Result<(), EngineError> {

@@ -172,7 +172,14 @@ impl KvmEngine {
             .error_code
             .is_some_and(|code| code & PageFaultCode::I.bits() != 0);
         let there = self.cpu.regs.rip == NOWHERE && self.cpu.cr2 == NOWHERE;
-        if !(self.quirks.syscall_broken && fetch && there) {
+        if fetch && there {
+            self.leave_nowhere();
+        }
+    }
+
+    /// Back to the SYSCALL that led to [`NOWHERE`], so that it is executed again.
+    pub(crate) fn leave_nowhere(&mut self) {
+        if !self.quirks.syscall_broken || self.cpu.regs.rip != NOWHERE {
             return;
         }
         let before = self.cpu.regs[Gpr::Rcx].wrapping_sub(SYSCALL.len() as u64);
