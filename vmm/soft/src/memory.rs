@@ -259,7 +259,7 @@ impl Memory {
     pub(crate) fn stage_span(&mut self, span: Span, data: &[u8]) -> Exec {
         for (addr, range) in span.pieces() {
             for (n, part) in data.get(range).unwrap_or_default().chunks(16).enumerate() {
-                if !self.stores.push(addr + 16 * n as u64, part) {
+                if !self.stores.push(addr.wrapping_add(16 * n as u64), part) {
                     return Err(Stop::Unimplemented(
                         "more stores than one instruction can make",
                     ));
@@ -445,7 +445,7 @@ fn mmio_read(addr: u64, out: &mut [u8], pending: &mut Pending) -> Exec {
     let mut at = 0;
     while at < out.len() {
         let size = piece(out.len() - at);
-        let from = GuestPhysAddr::new(addr + at as u64);
+        let from = GuestPhysAddr::new(addr.wrapping_add(at as u64));
         let exit = Exit::MmioRead {
             addr: from,
             size: size as u8,
@@ -468,7 +468,7 @@ fn mmio_write(addr: u64, data: &[u8], pending: &mut Pending) -> Exec {
             size: size as u8,
         };
         pending.ask(Exit::MmioWrite {
-            addr: GuestPhysAddr::new(addr + at as u64),
+            addr: GuestPhysAddr::new(addr.wrapping_add(at as u64)),
             data,
         })?;
         at += size;

@@ -65,7 +65,7 @@ impl Stores {
         for n in 0..self.len {
             let (at, data, size) = self.get(n);
             for (i, byte) in data[..size].iter().enumerate() {
-                let offset = (at + i as u64).wrapping_sub(addr);
+                let offset = at.wrapping_add(i as u64).wrapping_sub(addr);
                 if let Some(out) = bytes.get_mut(usize::try_from(offset).unwrap_or(usize::MAX)) {
                     *out = *byte;
                 }
