@@ -1,8 +1,8 @@
 //! String instructions: MOVS, CMPS, STOS, LODS, SCAS, INS, OUTS, with and without REP.
 //!
-//! Invariants: one call makes one iteration, or as many as it is allowed to, one after the other. Between iterations the registers are exactly what a processor shows there, so an
-//! interrupt, a page fault or a stop can come between any two. The last iteration, and a REP with a count of zero, retire the
-//! instruction.
+//! Purpose: one call makes one iteration, or as many as it is allowed to, one after the other.
+//! Invariants: between iterations the registers are exactly what a processor shows there, so an interrupt, a page fault or a
+//! stop can come between any two. The last iteration, and a REP with a count of zero, retire the instruction.
 //! Elsewhere: ports ([`crate::io`]).
 //! Source: Intel SDM vol. 2 (REP and each instruction); vol. 1, 7.3.9.
 
