@@ -3,7 +3,6 @@
 //! One page of code below 2 GiB loads everything from a structure beside it, RSP last, executes the instruction and stores
 //! everything back. SIGFPE is caught on a stack of its own.
 #![allow(unsafe_code)] // Maps memory and jumps into code assembled here.
-#![allow(clippy::undocumented_unsafe_blocks)] // Test code; the module documentation says what it does.
 
 use super::{DATA, DATA_LEN};
 use iced_x86::code_asm::*;
@@ -28,6 +27,7 @@ static RAISED: AtomicBool = AtomicBool::new(false);
 /// #XM of the native instruction: goes on behind it. MXCSR comes back from the frame with its flags.
 extern "C" fn on_sigfpe(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let context = context.cast::<libc::ucontext_t>();
+    // SAFETY: installed with SA_SIGINFO, so the kernel passes a valid ucontext_t that is this handler's alone while it runs.
     unsafe {
         let registers = &mut (*context).uc_mcontext.gregs;
         registers[libc::REG_RIP as usize] = AFTER.load(Ordering::SeqCst) as i64;
@@ -37,6 +37,8 @@ extern "C" fn on_sigfpe(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut l
 
 /// Handles SIGFPE of this thread on a stack of its own: the guest's RSP is no stack.
 pub(super) fn catch_sigfpe() {
+    // SAFETY: both structures are plain data for which zero is valid; the stack is leaked, so it outlives the thread's use of it; the
+    // handler has the signature SA_SIGINFO wants and touches only atomics and its context.
     unsafe {
         let mut stack: libc::stack_t = std::mem::zeroed();
         stack.ss_size = 1 << 16;
@@ -63,6 +65,7 @@ pub(super) struct Host {
 const CODE_ROOM: usize = 4096;
 
 fn low_pages(len: usize) -> *mut u8 {
+    // SAFETY: a new anonymous mapping at an address the kernel chooses replaces nothing.
     unsafe {
         let at = libc::mmap(
             std::ptr::null_mut(),
@@ -92,6 +95,7 @@ impl Native {
 impl Host {
     pub(super) fn new() -> Self {
         let page = low_pages(CODE_ROOM + 4096);
+        // SAFETY: MAP_FIXED_NOREPLACE fails rather than replace a mapping that is there.
         let data = unsafe {
             libc::mmap(
                 DATA as *mut _,
@@ -110,6 +114,7 @@ impl Host {
     }
 
     fn native(&self) -> *mut Native {
+        // SAFETY: the mapping is CODE_ROOM + 4096 bytes long.
         unsafe { self.page.add(CODE_ROOM).cast() }
     }
 
@@ -171,7 +176,9 @@ impl Host {
         a.cld().unwrap();
         a.ret().unwrap();
         let code = a.assemble(self.page as u64).expect("assembles");
-        assert!(code.len() <= CODE_ROOM);
+        assert!(code.len() <= CODE_ROOM && data.len() <= DATA_LEN);
+        // SAFETY: code and data fit their mappings, as just checked, and overlap nothing of Rust's; the structure lies page-aligned behind the code;
+        // the function keeps the registers the ABI wants kept, and the instruction under test addresses only the data (see `differential`).
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), self.page, code.len());
             std::ptr::copy_nonoverlapping(data.as_ptr(), self.data, data.len());
